@@ -1,0 +1,66 @@
+"""The benchmarks, in page order. One file each: `TITLE`, `COLUMNS`, `Config`, `evaluate`.
+
+These files are imported to read the config, so they import nothing heavy before `evaluate` is called.
+The parameters of `evaluate` are the step's inputs: `train: Features` is `--train FOLDER` on the command
+line and the keyword `train=` in Python.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+BENCHMARKS = (
+    "voc07_svm",
+    "voc07_lowshot",
+    "imagenet_mhead",
+    "imagenet_linear",
+    "places205_mhead",
+    "inat18_mhead",
+    "imagenet_knn",
+    "imagenet_semi",
+    "voc0712_detection",
+    "coco2017_detection",
+    "voc12aug_segmentation",
+    "cityscapes_segmentation",
+)
+
+
+def load(name: str) -> ModuleType:
+    """Return the module of benchmark `name`."""
+    return importlib.import_module(f"simclr.benchmarks.{name}")
+
+
+def run(name: str, model: str, config: Any, output: Path, inputs: dict[str, Any]) -> None:
+    """Evaluate one benchmark on opened `inputs` and write its record to `output`, whole or not at all.
+
+    `config` is the benchmark's `Config`. Raises `BadInput` when two inputs come from different checkpoints.
+    """
+    from simclr import results
+
+    checkpoint, dataset = results.provenance(inputs)
+    started = time.monotonic()
+    metrics = load(name).evaluate(**inputs, config=config)
+    results.write(
+        results.Record(
+            benchmark=name,
+            protocol_version=config.version,
+            model=model,
+            metrics=metrics,
+            spread={
+                key: results.Spread(std=std, trials=metrics.trials[key])
+                for key, std in metrics.spread.items()
+            },
+            details=metrics.details,
+            config=config.model_dump(mode="json"),
+            checkpoint_sha256=checkpoint,
+            dataset=dataset,
+            software=results.software(),
+            hardware=results.hardware(),
+            seconds=time.monotonic() - started,
+        ),
+        output,
+    )

@@ -1,0 +1,150 @@
+"""Records of single benchmarks and the page made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, FiniteFloat, ValidationError
+
+from simclr import BadInput
+from simclr.protocol import Closed
+
+Sha256 = str
+
+
+class Spread(Closed):
+    std: FiniteFloat = Field(ge=0, description="Standard deviation over the trials, in the metric's unit.")
+    trials: int = Field(ge=2)
+
+
+class DatasetStamp(Closed):
+    name: str
+    manifest_sha256: Sha256 = Field(pattern="^[0-9a-f]{64}$")
+
+
+class Record(Closed):
+    """The result of one benchmark for one model: everything needed to trace a number of the page."""
+
+    schema_version: Literal[1] = 1
+    benchmark: str
+    protocol_version: int
+    model: str
+    metrics: dict[str, FiniteFloat] = Field(min_length=1)
+    spread: dict[str, Spread] = {}
+    details: dict[str, Any] = {}
+    config: dict[str, Any]
+    checkpoint_sha256: Sha256 = Field(pattern="^[0-9a-f]{64}$")
+    dataset: DatasetStamp
+    software: dict[str, str]
+    hardware: dict[str, Any]
+    seconds: FiniteFloat = Field(ge=0)
+
+
+def write(record: Record, path: Path) -> None:
+    """Write `record` as JSON, whole or not at all. Raises `BadInput` for a value that JSON cannot hold."""
+    try:
+        text = json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False)
+    except ValueError as error:
+        raise BadInput(f"{path}: a record holds finite numbers only, but {error}") from error
+    with replacing(path) as part:
+        part.write_text(text + "\n")
+
+
+def read(path: Path) -> Record:
+    """Read and validate a record; raises `BadInput` naming the file and the offending key."""
+    try:
+        return Record.model_validate_json(Path(path).read_text())
+    except FileNotFoundError as error:
+        raise BadInput(f"{path}: no such record; make it with `snakemake {path}`") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise BadInput(
+            f"{path}: not a valid record: {key or 'file'}: {first['msg']}; delete it and run "
+            f"`snakemake {path}`"
+        ) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success sync it and rename it over `path`, else remove it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> Sha256:
+    """Return the SHA-256 of a file's bytes as 64 hexadecimal digits."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def provenance(inputs: dict[str, Any]) -> tuple[Sha256, DatasetStamp]:
+    """Return the one checkpoint and the one dataset that the opened inputs of a step come from.
+
+    An input that has a `checkpoint_sha256` or a `dataset` (name, manifest_sha256) vouches for it.
+    Raises `BadInput` when two inputs disagree.
+    """
+    stamps: dict[str, dict[str, Any]] = {"checkpoint_sha256": {}, "dataset": {}}
+    for name, value in inputs.items():
+        for key, found in stamps.items():
+            if hasattr(value, key):
+                found[name] = getattr(value, key)
+    for key, found in stamps.items():
+        values = list(found.values())
+        if any(value != values[0] for value in values):
+            listing = ", ".join(f"--{name} has {value}" for name, value in found.items())
+            raise BadInput(f"all inputs must come from one {key.removesuffix('_sha256')}, but {listing}")
+    return next(iter(stamps["checkpoint_sha256"].values())), next(iter(stamps["dataset"].values()))
+
+
+def software() -> dict[str, str]:
+    """Return the versions that a number depends on, and the git commit ("-dirty" when edited)."""
+    packages = ("torch", "torchvision", "numpy", "scikit-learn", "pillow", "onedl-mmsegmentation")
+    versions = {"python": platform.python_version(), "simclr": metadata.version("simclr")}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"commit": _commit(), **versions}
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        described = subprocess.run(
+            [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:
+        return "unknown (git is not installed)"
+    return described.stdout.strip() or "unknown (not a git checkout)"
+
+
+def hardware() -> dict[str, Any]:
+    """Return what the numbers were computed on: processor, cores, GPUs."""
+    import torch
+
+    return {
+        "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
