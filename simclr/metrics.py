@@ -1,0 +1,76 @@
+"""Metrics: arrays in, numbers out. Everything is a fraction in [0, 1]; benchmarks report percent."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from simclr import BadInput
+
+
+def topk_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
+    """Return the share of rows whose label is among the `k` highest of `scores` `(N, C)`; `labels` `(N,)`.
+
+    Among equal scores the lower class ranks first, so the result does not depend on a sort. With `k ≥ C`
+    every row counts. Raises `BadInput` for NaN, or a label outside 0…C-1.
+    """
+    return float((label_rank(scores, labels) < k).mean())
+
+
+def label_rank(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the rank `(N,)`, from 0, of each row's label in `scores` `(N, C)`; see `topk_accuracy`."""
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    _check(scores, labels)
+    classes = scores.shape[1]
+    if labels.min() < 0 or labels.max() >= classes:
+        raise BadInput(
+            f"expected labels 0…{classes - 1} for {classes} scores per image; found "
+            f"{labels.min()}…{labels.max()}"
+        )
+    own = np.take_along_axis(scores, labels[:, None].astype(np.int64), axis=1)
+    lower_class = np.arange(classes) < labels[:, None]
+    return ((scores > own) | ((scores == own) & lower_class)).sum(axis=1)
+
+
+def average_precision(scores: np.ndarray, positives: np.ndarray) -> float:
+    """Return the area under the precision envelope over all recall steps; `scores`, `positives` `(N,)`.
+
+    The precision at a recall is the best at that recall or a higher one (VOC2010 and later; not the
+    11-point rule of VOC2007). Images of equal score enter together, as one threshold, so the result does
+    not depend on the order of the images; the published script ranks them in list order.
+    Source: MMSelfSup v0.11.0, tools/benchmarks/classification/svm_voc07/svm_helper.py.
+    Raises `BadInput` for NaN, or without a positive.
+    """
+    precision, recall = precision_recall(scores, positives)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(np.diff(recall, prepend=0.0) @ envelope)
+
+
+def stepwise_average_precision(scores: np.ndarray, positives: np.ndarray) -> float:
+    """Return the mean precision over the recall steps, without envelope, as scikit-learn defines it.
+
+    It chooses costs in cross-validation. Arguments, ties and errors as in `average_precision`.
+    """
+    precision, recall = precision_recall(scores, positives)
+    return float(np.diff(recall, prepend=0.0) @ precision)
+
+
+def precision_recall(scores: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return precision and recall `(T,)` at each of the T distinct scores, from the highest down."""
+    scores, positives = np.asarray(scores), np.asarray(positives, dtype=bool)
+    _check(scores, positives)
+    if not positives.any():
+        raise BadInput(
+            f"average precision needs at least one positive; found none in {len(positives)} images"
+        )
+    order = np.argsort(-scores, kind="stable")
+    last_of_ties = np.append(np.diff(scores[order]) != 0, True)
+    hits = np.cumsum(positives[order])[last_of_ties]
+    return hits / (np.flatnonzero(last_of_ties) + 1), hits / hits[-1]
+
+
+def _check(scores: np.ndarray, labels: np.ndarray) -> None:
+    if len(scores) != len(labels) or len(labels) == 0:
+        raise BadInput(f"expected one row of scores per label; found {len(scores)} and {len(labels)}")
+    if np.isnan(scores).any():
+        row = int(np.argwhere(np.isnan(scores))[0, 0])
+        raise BadInput(f"scores must be numbers, but row {row} holds NaN")
