@@ -1,0 +1,32 @@
+# Cityscapes semantic segmentation.
+rule cityscapes_segmentation:
+    """The record of every model that runs cityscapes_segmentation."""
+    input:
+        records("cityscapes_segmentation"),
+
+
+rule cityscapes_segmentation_record:
+    """Fine-tune FCN-R50-D8 on Cityscapes; mIoU of the val set by sliding windows."""
+    input:
+        backbone="<results>/{model}/backbone.safetensors",
+        dataset="<results>/datasets/cityscapes.json",
+    output:
+        "<results>/{model}/cityscapes_segmentation.json",
+    log:
+        "<results>/{model}/logs/cityscapes_segmentation.log",
+    benchmark:
+        "<results>/{model}/times/cityscapes_segmentation.tsv"
+    conda:
+        "../../envs/mmseg.yaml"
+    threads: cores
+    resources:
+        gpu=gpu,
+        mem_mb=lambda wildcards, attempt: attempt * (3_000 + 32_000 * gpu(wildcards)),
+        runtime=lambda wildcards, attempt: 1440 * attempt,
+    params:
+        config=benchmark_block("cityscapes_segmentation"),
+        work="<results>/{model}/work/cityscapes_segmentation",
+    shell:
+        "python -m simclr cityscapes_segmentation --model {wildcards.model} --backbone {input.backbone}"
+        " --dataset {input.dataset} --config {params.config:q} --work {params.work:q} --output {output}"
+        " > {log} 2>&1"

@@ -1,0 +1,32 @@
+# COCO2017 object detection and instance segmentation.
+rule coco2017_detection:
+    """The record of every model that runs coco2017_detection."""
+    input:
+        records("coco2017_detection"),
+
+
+rule coco2017_detection_record:
+    """Fine-tune Mask R-CNN on COCO train2017; box and mask AP on val2017."""
+    input:
+        backbone="<results>/{model}/backbone.safetensors",
+        dataset="<results>/datasets/coco2017.json",
+    output:
+        "<results>/{model}/coco2017_detection.json",
+    log:
+        "<results>/{model}/logs/coco2017_detection.log",
+    benchmark:
+        "<results>/{model}/times/coco2017_detection.tsv"
+    conda:
+        "../../envs/detectron2.yaml"
+    threads: cores
+    resources:
+        gpu=gpu,
+        mem_mb=lambda wildcards, attempt: attempt * (3_000 + 48_000 * gpu(wildcards)),
+        runtime=lambda wildcards, attempt: 5760 * attempt,
+    params:
+        config=benchmark_block("coco2017_detection"),
+        work="<results>/{model}/work/coco2017_detection",
+    shell:
+        "python -m simclr coco2017_detection --model {wildcards.model} --backbone {input.backbone}"
+        " --dataset {input.dataset} --config {params.config:q} --work {params.work:q} --output {output}"
+        " > {log} 2>&1"

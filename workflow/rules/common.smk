@@ -1,0 +1,111 @@
+"""What the rules share: the checked config, wildcard constraints, small accessors."""
+
+import json
+import os
+import re
+
+import simclr.config
+
+# A config file given on the command line replaces the default; Snakemake would merge the two.
+if not workflow.overwrite_configfiles:
+
+    configfile: "config/config.yaml"
+
+
+config_files = ", ".join(map(os.path.relpath, workflow.configfiles))
+try:
+    CONFIG = simclr.config.parse(simclr.config.Config, config, config_files)
+except simclr.BadInput as error:
+    raise WorkflowError(str(error))
+
+
+pathvars:
+    results=str(CONFIG.output),
+
+
+def any_of(names):
+    """Return the regular expression that matches exactly these names, and nothing where there are none."""
+    return "|".join(map(re.escape, names)) or "(?!)"
+
+
+def models_from(source):
+    """Return the expression for the models whose backbone comes from this step."""
+    return any_of(name for name, model in CONFIG.models.items() if model.source == source)
+
+
+wildcard_constraints:
+    model=any_of(CONFIG.models),
+    dataset=any_of(type(CONFIG.datasets).model_fields),
+    split="[a-z0-9]+",
+
+
+def source_block(wildcards):
+    """Return the config block of the model's source, as JSON: what decides whether its weights are stale."""
+    return json.dumps(CONFIG.block("models", wildcards.model, CONFIG.models[wildcards.model].source))
+
+
+def benchmark_block(name):
+    """Return a function of the wildcards that gives the benchmark's config block, as JSON."""
+
+    def block(wildcards):
+        if getattr(CONFIG.benchmarks, name) is None:
+            raise WorkflowError(f"{name} is not under `benchmarks:`; add the line `{name}: {{}}` to run it")
+        return json.dumps(CONFIG.block("benchmarks", name))
+
+    return block
+
+
+def feature_block(wildcards):
+    """Return how the features of this dataset are extracted, as JSON."""
+    return json.dumps(CONFIG.block("features", wildcards.dataset))
+
+
+def dataset_block(wildcards):
+    """Return where the dataset lies and what must be there, as JSON."""
+    dataset = CONFIG.dataset(wildcards.dataset)
+    if dataset is None:
+        raise WorkflowError(f"datasets.{wildcards.dataset}.root is not set; set it to the dataset's folder")
+    return dataset.model_dump_json()
+
+
+def page_records():
+    """Return the record of every model and every benchmark that it runs: all of the page."""
+    return [f"{CONFIG.output}/{model}/{benchmark}.json" for model, benchmark in CONFIG.pairs()]
+
+
+def records(name):
+    """Return a function that gives the records of one benchmark, for every model that runs it."""
+
+    def of_models(wildcards):
+        found = [path for path in page_records() if path.endswith(f"/{name}.json")]
+        if not found:
+            raise WorkflowError(f"no model runs {name}; add it under `benchmarks:` in the config")
+        return found
+
+    return of_models
+
+
+def gpus(wildcards):
+    """Return the GPUs that pretraining the model takes; 0 is the CPU."""
+    return CONFIG.models[wildcards.model].gpus
+
+
+def gpu(wildcards):
+    """Return the GPUs that any other job of the model takes: one, or none for a model on the CPU."""
+    return min(1, gpus(wildcards))
+
+
+def cores(wildcards):
+    """Return the cores of a job on one GPU, most of them for decoding images; on the CPU, one."""
+    return 8 * gpu(wildcards) or 1
+
+
+def images(dataset, *splits):
+    """Return how many images these splits of a dataset have; without splits, all of them."""
+    counts = CONFIG.dataset(dataset).images
+    return sum(counts[split] for split in splits or counts)
+
+
+def minutes(images, per_second):
+    """Return the minutes that so many images take, and ten for everything else."""
+    return 10 + images // (60 * per_second)

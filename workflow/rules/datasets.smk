@@ -1,0 +1,52 @@
+# Verify each dataset's layout, counts and lists before anything is trained on it.
+if CONFIG.demo_data:
+
+    rule demo:
+        """Make the miniature datasets, in the layouts of the real ones; the marker says that all are whole."""
+        output:
+            touch(f"{CONFIG.demo_data}/demo.done"),
+        log:
+            "<results>/datasets/demo.log",
+        benchmark:
+            "<results>/datasets/demo.tsv"
+        conda:
+            "../../envs/simclr.yaml"
+        resources:
+            mem_mb=lambda wildcards, attempt: 2_000 * attempt,
+            runtime=lambda wildcards, attempt: 10 * attempt,
+        params:
+            folder=str(CONFIG.demo_data),
+        shell:
+            "python -m simclr demo --output {params.folder:q} > {log} 2>&1"
+
+
+rule datasets:
+    """The manifest of every dataset that the config names: what to run first on a new machine."""
+    input:
+        [
+            f"<results>/datasets/{name}.json"
+            for name in type(CONFIG.datasets).model_fields
+            if CONFIG.dataset(name)
+        ],
+
+
+rule dataset:
+    """Verify one dataset against what the config expects of it; the manifest goes into every record."""
+    input:
+        demo=rules.demo.output if CONFIG.demo_data else [],
+    output:
+        "<results>/datasets/{dataset}.json",
+    log:
+        "<results>/datasets/{dataset}.log",
+    benchmark:
+        "<results>/datasets/{dataset}.tsv"
+    conda:
+        "../../envs/simclr.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: attempt * (1_500 + images(wildcards.dataset) // 500),
+        runtime=lambda wildcards, attempt: attempt * minutes(images(wildcards.dataset), per_second=500),
+    params:
+        config=dataset_block,
+    shell:
+        "python -m simclr datasets --name {wildcards.dataset} --config {params.config:q} --output {output}"
+        " > {log} 2>&1"

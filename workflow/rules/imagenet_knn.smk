@@ -1,0 +1,30 @@
+# ImageNet nearest-neighbour classification.
+rule imagenet_knn:
+    """The record of every model that runs imagenet_knn."""
+    input:
+        records("imagenet_knn"),
+
+
+rule imagenet_knn_record:
+    """Weighted vote of the nearest training images by cosine similarity of AvgPool."""
+    input:
+        train="<results>/{model}/features/imagenet-train",
+        test="<results>/{model}/features/imagenet-val",
+    output:
+        "<results>/{model}/imagenet_knn.json",
+    log:
+        "<results>/{model}/logs/imagenet_knn.log",
+    benchmark:
+        "<results>/{model}/times/imagenet_knn.tsv"
+    conda:
+        "../../envs/simclr.yaml"
+    threads: cores
+    resources:
+        gpu=gpu,
+        mem_mb=lambda wildcards, attempt: attempt * (2_000 + images("imagenet") // 100),
+        runtime=lambda wildcards, attempt: attempt * minutes(images("imagenet", "val"), per_second=50),
+    params:
+        config=benchmark_block("imagenet_knn"),
+    shell:
+        "python -m simclr imagenet_knn --model {wildcards.model} --train {input.train} --test {input.test}"
+        " --config {params.config:q} --output {output} > {log} 2>&1"

@@ -1,0 +1,32 @@
+# ImageNet linear evaluation of AvgPool.
+rule imagenet_linear:
+    """The record of every model that runs imagenet_linear."""
+    input:
+        records("imagenet_linear"),
+
+
+rule imagenet_linear_record:
+    """One linear classifier on AvgPool of the frozen backbone."""
+    input:
+        backbone="<results>/{model}/backbone.safetensors",
+        dataset="<results>/datasets/imagenet.json",
+    output:
+        "<results>/{model}/imagenet_linear.json",
+    log:
+        "<results>/{model}/logs/imagenet_linear.log",
+    benchmark:
+        "<results>/{model}/times/imagenet_linear.tsv"
+    conda:
+        "../../envs/simclr.yaml"
+    threads: cores
+    resources:
+        gpu=gpu,
+        mem_mb=lambda wildcards, attempt: attempt * (2_000 + 24_000 * gpu(wildcards)),
+        runtime=lambda wildcards, attempt: 2880 * attempt,
+    params:
+        config=benchmark_block("imagenet_linear"),
+        work="<results>/{model}/work/imagenet_linear",
+    shell:
+        "python -m simclr imagenet_linear --model {wildcards.model} --backbone {input.backbone}"
+        " --dataset {input.dataset} --config {params.config:q} --work {params.work:q} --output {output}"
+        " > {log} 2>&1"

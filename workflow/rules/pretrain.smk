@@ -1,0 +1,81 @@
+# Every model gets its backbone from one of three sources.
+rule pretrain:
+    """Pretrain with SimCLR. What a kill must not lose lies in the work folder; the output is only ever whole.
+
+    The number of GPUs is a resource, not a param: the batch is divided over them, the result does not change,
+    and nothing is trained again because a machine has more of them.
+    """
+    input:
+        dataset=lambda wildcards: "<results>/datasets/"
+        + f"{CONFIG.models[wildcards.model].pretrain.dataset}.json",
+    output:
+        backbone="<results>/{model}/backbone.safetensors",
+        loss="<results>/{model}/pretrain.png",
+    log:
+        "<results>/{model}/logs/pretrain.log",
+    benchmark:
+        "<results>/{model}/times/pretrain.tsv"
+    wildcard_constraints:
+        model=models_from("pretrain"),
+    conda:
+        "../../envs/simclr.yaml"
+    threads: lambda wildcards: 8 * gpus(wildcards) or 4
+    resources:
+        gpu=gpus,
+        mem_mb=lambda wildcards, attempt: attempt * (3_000 + 16_000 * gpus(wildcards)),
+        runtime=lambda wildcards, attempt: attempt
+        * minutes(
+            images("imagenet", "train") * CONFIG.models[wildcards.model].pretrain.epochs,
+            per_second=300 * max(1, gpus(wildcards)),
+        ),
+    params:
+        config=source_block,
+        work="<results>/{model}/work/pretrain",
+        python=lambda wildcards, resources: (
+            f"torchrun --standalone --nproc-per-node={resources.gpu}" if resources.gpu > 1 else "python"
+        ),
+    shell:
+        "{params.python} -m simclr pretrain --dataset {input.dataset} --config {params.config:q}"
+        " --work {params.work:q} --output {output.backbone} > {log} 2>&1"
+
+
+rule import_checkpoint:
+    """Take in an existing checkpoint; every tensor is accounted for in the certificate."""
+    output:
+        backbone="<results>/{model}/backbone.safetensors",
+    log:
+        "<results>/{model}/logs/import_checkpoint.log",
+    benchmark:
+        "<results>/{model}/times/import_checkpoint.tsv"
+    wildcard_constraints:
+        model=models_from("import_checkpoint"),
+    conda:
+        "../../envs/simclr.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 3_000 * attempt,
+        runtime=lambda wildcards, attempt: 30 * attempt,
+    params:
+        config=source_block,
+    shell:
+        "python -m simclr import_checkpoint --config {params.config:q} --output {output.backbone} > {log} 2>&1"
+
+
+rule random_init:
+    """Random weights: the floor of every benchmark."""
+    output:
+        backbone="<results>/{model}/backbone.safetensors",
+    log:
+        "<results>/{model}/logs/random_init.log",
+    benchmark:
+        "<results>/{model}/times/random_init.tsv"
+    wildcard_constraints:
+        model=models_from("random_init"),
+    conda:
+        "../../envs/simclr.yaml"
+    resources:
+        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
+        runtime=lambda wildcards, attempt: 10 * attempt,
+    params:
+        config=source_block,
+    shell:
+        "python -m simclr random_init --config {params.config:q} --output {output.backbone} > {log} 2>&1"

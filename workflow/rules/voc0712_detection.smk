@@ -1,0 +1,32 @@
+# Pascal VOC07+12 object detection.
+rule voc0712_detection:
+    """The record of every model that runs voc0712_detection."""
+    input:
+        records("voc0712_detection"),
+
+
+rule voc0712_detection_record:
+    """Fine-tune Faster R-CNN R50-C4 on VOC2007+2012; AP on VOC2007 test."""
+    input:
+        backbone="<results>/{model}/backbone.safetensors",
+        dataset="<results>/datasets/voc0712.json",
+    output:
+        "<results>/{model}/voc0712_detection.json",
+    log:
+        "<results>/{model}/logs/voc0712_detection.log",
+    benchmark:
+        "<results>/{model}/times/voc0712_detection.tsv"
+    conda:
+        "../../envs/detectron2.yaml"
+    threads: cores
+    resources:
+        gpu=gpu,
+        mem_mb=lambda wildcards, attempt: attempt * (3_000 + 32_000 * gpu(wildcards)),
+        runtime=lambda wildcards, attempt: 1440 * attempt,
+    params:
+        config=benchmark_block("voc0712_detection"),
+        work="<results>/{model}/work/voc0712_detection",
+    shell:
+        "python -m simclr voc0712_detection --model {wildcards.model} --backbone {input.backbone}"
+        " --dataset {input.dataset} --config {params.config:q} --work {params.work:q} --output {output}"
+        " > {log} 2>&1"

@@ -1,0 +1,29 @@
+# VOC2007 low-shot classification: k = 1 … 96 positives per class.
+rule voc07_lowshot:
+    """The record of every model that runs voc07_lowshot."""
+    input:
+        records("voc07_lowshot"),
+
+
+rule voc07_lowshot_record:
+    """The same SVMs on k positives per class, over five independent draws; mean and spread."""
+    input:
+        train="<results>/{model}/features/voc2007-trainval",
+        test="<results>/{model}/features/voc2007-test",
+    output:
+        "<results>/{model}/voc07_lowshot.json",
+    log:
+        "<results>/{model}/logs/voc07_lowshot.log",
+    benchmark:
+        "<results>/{model}/times/voc07_lowshot.tsv"
+    conda:
+        "../../envs/simclr.yaml"
+    threads: cores
+    resources:
+        mem_mb=lambda wildcards, attempt: attempt * (2_000 + images("voc2007") // 2),
+        runtime=lambda wildcards, attempt: attempt * (10 + images("voc2007") // 20),
+    params:
+        config=benchmark_block("voc07_lowshot"),
+    shell:
+        "python -m simclr voc07_lowshot --model {wildcards.model} --train {input.train} --test {input.test}"
+        " --config {params.config:q} --output {output} > {log} 2>&1"
