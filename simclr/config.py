@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import Field, ValidationError, create_model, model_validator
+from pydantic import AfterValidator, Field, ValidationError, create_model, model_validator
 
 from simclr import BadInput
 from simclr.benchmarks import BENCHMARKS, load
@@ -25,21 +25,35 @@ class Dataset(Closed):
     """Where a dataset lies and what the verify step must find there."""
 
     root: Path | None = Field(None, description="Folder of the dataset; null: not on this machine.")
-    classes: int = Field(ge=2, description="Number of classes.")
-    images: dict[str, int] = Field(description="Split → number of images that must be there.")
+    classes: int | None = Field(None, ge=2, description="Number of classes; null: as published.")
+    images: dict[str, int] | None = Field(
+        None, description="Split → number of images that must be there; null: as published."
+    )
     decode: int = Field(
         100, ge=0, description="Images per split that are decoded in full; of all others the header is read."
     )
     version: int = Field(1, ge=1, description="Raise it to verify again.")
 
+    def completed(self, name: str) -> Dataset:
+        """Return this block as that of the dataset `name`, whose published counts fill what is left out."""
+        published = get_args(Datasets.model_fields[name].annotation)[0]
+        return parse(published, self.model_dump(exclude_unset=True), f"datasets.{name}")
+
 
 def _dataset(classes: int, **images: int) -> Any:
     """Return a `Dataset` model whose defaults are the published counts."""
+
+    def _all_splits(found: dict[str, int]) -> dict[str, int]:
+        if set(found) != set(images):
+            raise ValueError(f"expected the splits {', '.join(images)}, found {', '.join(found) or 'none'}")
+        return {split: found[split] for split in images}
+
+    counts = Annotated[dict[str, Annotated[int, Field(ge=1)]], AfterValidator(_all_splits)]
     return create_model(
         "Dataset",
         __base__=Dataset,
         classes=(int, Field(classes, ge=2, description="Number of classes.")),
-        images=(dict[str, int], Field(images, description="Split → number of images that must be there.")),
+        images=(counts, Field(images, description="Split → number of images that must be there.")),
     )
 
 

@@ -1,0 +1,835 @@
+"""Datasets on disk: reading them from their published lists, and verifying them before anything is trained.
+
+`verify` looks at every file of a dataset once and writes a manifest; every later step opens the manifest with
+`Dataset.open` and reads a split with `samples` (classification), `detection` or `segmentation`. A list or a
+folder that is no longer what was verified is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from simclr import BadInput
+from simclr.config import Dataset as Block
+from simclr.results import DatasetStamp, replacing, sha256
+
+MANIFEST_VERSION = 1
+VOID = 255  # the label of mask pixels that count for nothing
+IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
+
+VOC_CLASSES = tuple(
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+    "pottedplant sheep sofa train tvmonitor".split()
+)
+CITYSCAPES_CLASSES = (
+    *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign"),
+    *("vegetation", "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle"),
+    "bicycle",
+)
+
+# What must lie under the root of each dataset; said in every message about something that does not.
+LAYOUTS = {
+    "imagenet": "train/<wnid>/*.JPEG, val/<wnid>/*.JPEG (or val/*.JPEG with meta/val.txt)",
+    "voc2007": "VOC2007/JPEGImages, VOC2007/ImageSets/Main/<class>_{trainval,test}.txt",
+    "places205": "data/vision/torralba/deeplearning/images256, trainvalsplit_places205/{train,val}_places205.csv",
+    "inat18": "train_val2018/<super>/<category id>/*.jpg, train2018.json, val2018.json",
+    "voc0712": "VOC2007 and VOC2012, each with JPEGImages, Annotations and ImageSets/Main",
+    "coco2017": "train2017, val2017, annotations/instances_{train2017,val2017}.json",
+    "voc12aug": "VOC2012/{JPEGImages,SegmentationClass,SegmentationClassAug}, "
+    "VOC2012/ImageSets/Segmentation/{train,aug,val}.txt",
+    "cityscapes": "{leftImg8bit,gtFine}/{train,val}/<city>/*.png",
+}
+
+# ---------------------------------------------------------------- what the readers return
+
+
+class Paths(Sequence[Path]):
+    """Image paths of a split, kept in one block of memory.
+
+    Worker processes share that block. A list of 1.28 million strings they would copy, page by page, as
+    they touch its reference counts.
+    """
+
+    def __init__(self, root: Path, names: Iterable[str] | np.ndarray):
+        self.root = Path(root)
+        self.names = (
+            names if isinstance(names, np.ndarray) else np.array([os.fsencode(name) for name in names], "S")
+        )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return one `Path` for an integer, `Paths` for a slice or an array of indices."""
+        names = self.names[index]
+        return Paths(self.root, names) if isinstance(names, np.ndarray) else self.root / os.fsdecode(names)
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Paths):
+            return self.root == other.root and np.array_equal(self.names, other.names)
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"Paths({str(self.root)!r}, {len(self)} names)"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Images and labels of a split: labels `(N,)` int64, or for VOC `(N, C)` int8.
+
+    VOC's are 1 present, 0 absent, −1 when every instance is marked difficult (MMSelfSup,
+    create_voc_data_files.py).
+    """
+
+    paths: Sequence[Path]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Images:
+    """A map-style dataset for torch's DataLoader: `(transform(image), label, index)`."""
+
+    paths: Sequence[Path]
+    labels: np.ndarray
+    transform: Callable[[Image.Image], Any]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any, int]:
+        return self.transform(decode(self.paths[index])), self.labels[index], index
+
+
+def decode(path: Path) -> Image.Image:
+    """Return the image as RGB, turned upright as its EXIF orientation says.
+
+    OpenCV, with which the published numbers were decoded, turns images too; PIL alone does not.
+    Raises `BadInput` for a file that is missing, truncated or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise BadInput(f"{path}: no such image; restore it, then verify the dataset again") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise BadInput(
+            f"{path}: cannot be decoded ({error}); replace it by an intact copy, then verify the dataset again"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset whose verify step has passed: what its manifest says."""
+
+    name: str
+    root: Path
+    class_names: list[str]
+    splits: dict[str, dict[str, Any]]
+    dataset: DatasetStamp | None = None
+
+    @classmethod
+    def open(cls, path: Path) -> Dataset:
+        """Open a manifest; raises `BadInput` when it is not one, or when the dataset is not where it was."""
+        path = Path(path)
+        again = "make it with `python -m simclr datasets --name … --config … --output …`"
+        try:
+            manifest = json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise BadInput(f"{path}: no such manifest; {again}") from error
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{path}: not valid JSON ({error}); {again}") from error
+        if not isinstance(manifest, dict) or manifest.get("manifest_version") != MANIFEST_VERSION:
+            raise BadInput(f"{path}: not a dataset manifest of version {MANIFEST_VERSION}; {again}")
+        root = Path(manifest["root"])
+        if not root.is_dir():
+            raise BadInput(
+                f"{root.resolve()}: no such folder, though {path} was made there; run from the folder in "
+                "which the dataset was verified, or verify it again"
+            )
+        stamp = DatasetStamp(name=manifest["name"], manifest_sha256=sha256(path))
+        return cls(manifest["name"], root, manifest["class_names"], manifest["splits"], stamp)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def images(self) -> dict[str, int]:
+        """Split → number of images."""
+        return {split: entry["images"] for split, entry in self.splits.items()}
+
+
+def samples(dataset: Dataset, split: str) -> Samples:
+    """Return images and labels of a split of imagenet, voc2007, places205 or inat18, in the order of its list.
+
+    Raises `BadInput` for an unknown split and when the list is no longer the one that was verified.
+    """
+    listing = _verified(dataset, split)
+    if listing.labels is None:
+        raise BadInput(f"{dataset.name} has no labels of whole images; use its boxes or masks")
+    return Samples(listing.paths, listing.labels)
+
+
+def detection(dataset: Dataset, split: str) -> list[dict[str, Any]]:
+    """Return a split of voc0712 or coco2017 in Detectron2's layout, one dict per image.
+
+    Keys: `file_name`, `image_id`, `height`, `width` (pixels), `annotations`: each with `bbox` (x0, y0, x1, y1) in
+    pixels from the top left corner, `category_id` from 0, `iscrowd`, `difficult`, and for COCO
+    `segmentation` (polygons or RLE). VOC's xmin and ymin are 1-based and inclusive: both are lowered by one.
+    Difficult objects and images without objects are kept.
+    """
+    listing = _verified(dataset, split)
+    if listing.boxes is None:
+        raise BadInput(f"{dataset.name} has no boxes; detection needs voc0712 or coco2017")
+    return listing.boxes
+
+
+def segmentation(dataset: Dataset, split: str) -> tuple[Sequence[Path], Sequence[Path]]:
+    """Return the image paths and the mask paths of a split of voc12aug or cityscapes, in the same order."""
+    listing = _verified(dataset, split)
+    if listing.masks is None:
+        raise BadInput(f"{dataset.name} has no masks; segmentation needs voc12aug or cityscapes")
+    return listing.paths, listing.masks
+
+
+def subset(dataset: Dataset, name: str) -> Samples:
+    """Return the part of ImageNet's train split that `meta/` lists: `train_1percent` or `train_10percent`.
+
+    Lines are `<wnid>/<file> <label>`, as MMSelfSup writes them, or `<wnid>_<number>.JPEG`, as in
+    google-research/simclr, imagenet_subsets/. MMSelfSup 0.x called the second list train_10pct.txt.
+    Raises `BadInput` when there is no such list or it names a wrong label.
+    """
+    names = (name, name.replace("percent", "pct"), name.removeprefix("train_"))
+    lists = [dataset.root / "meta" / f"{each}.txt" for each in names]
+    path = next((path for path in lists if path.is_file()), None)
+    if path is None:
+        raise BadInput(
+            f"{lists[0]}: no such list; fetch imagenet_subsets/{names[2]}.txt of google-research/simclr and "
+            "store it under this name"
+        )
+    entries = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    files = [entry[0] if "/" in entry[0] else f"{entry[0].split('_')[0]}/{entry[0]}" for entry in entries]
+    labels = _ranks(files, dataset.class_names, path)
+    for entry, label in zip(entries, labels, strict=True):
+        if len(entry) > 1 and entry[1] != str(label):
+            raise BadInput(_wrong_label(path, entry[0], entry[1], label))
+    return Samples(Paths(dataset.root / "train", files), labels)
+
+
+# ---------------------------------------------------------------- one reader per layout
+
+
+class Listing(NamedTuple):
+    """What the lists of one split name; `labels`, `boxes`, `masks`: what the dataset has of these.
+
+    `sizes` `(N, 2)` are the (width, height) that the annotations state.
+    """
+
+    paths: Paths
+    labels: np.ndarray | None = None
+    boxes: list[dict[str, Any]] | None = None
+    masks: Paths | None = None
+    sizes: np.ndarray | None = None
+
+
+def _imagenet_classes(root: Path) -> list[str]:
+    _need(root / "train", "imagenet")
+    return _folders(root / "train")
+
+
+def _imagenet(dataset: Dataset, split: str) -> Listing:
+    folder = _need(dataset.root / split, dataset.name)
+    listed = dataset.root / "meta" / f"{split}.txt"
+    foldered = split == "train" or _has_folders(folder)
+    if listed.is_file():
+        names, labels = _read_list(listed)
+        if foldered:
+            names = _into_folders(names, labels, dataset.class_names, folder)
+    elif foldered:
+        names = [f"{wnid}/{name}" for wnid in _folders(folder) for name in _image_names(folder / wnid)]
+        labels = _ranks(names, dataset.class_names, folder)
+    else:
+        raise BadInput(
+            f"{listed}: no such list, and {folder} is flat: without the list its images have no labels; "
+            "restore meta/val.txt or sort the images into wnid folders"
+        )
+    return Listing(Paths(folder, names), labels)
+
+
+def _into_folders(names: list[str], labels: np.ndarray, wnids: list[str], folder: Path) -> list[str]:
+    """Complete names of a list that names files without their wnid folder (the published val.txt does)."""
+    if all("/" in name for name in names):
+        return names
+    where = {name: wnid for wnid in _folders(folder) for name in _image_names(folder / wnid)}
+    return [
+        name if "/" in name else f"{where.get(name, _named(wnids, label))}/{name}"
+        for name, label in zip(names, labels, strict=True)
+    ]
+
+
+def _named(names: list[str], label: int) -> str:
+    return names[label] if 0 <= label < len(names) else str(label)
+
+
+def _check_imagenet(dataset: Dataset, split: str, listing: Listing) -> None:
+    """Raise `BadInput` unless every label is the rank of the image's wnid in sorted order."""
+    listed = dataset.root / "meta" / f"{split}.txt"
+    names = [os.fsdecode(name) for name in listing.paths.names]
+    if "/" in names[0]:
+        expected = _ranks(names, dataset.class_names, listed)
+    else:
+        expected = _known_val_labels(names, listing.labels, dataset.classes)
+    wrong = np.flatnonzero(listing.labels != expected)
+    if len(wrong):
+        row = wrong[0]
+        raise BadInput(_wrong_label(listed, names[row], listing.labels[row], expected[row]))
+
+
+# The first images of the validation set and their labels in sorted wnid order. The devkit's own ground truth
+# numbers the classes otherwise (ILSVRC2012_ID); in a flat folder nothing else tells the two orders apart.
+KNOWN_VAL = dict(enumerate((65, 970, 230, 809, 516), start=1))
+
+
+def _known_val_labels(names: list[str], labels: np.ndarray, classes: int) -> np.ndarray:
+    if classes != 1000:
+        return labels
+    known = {f"ILSVRC2012_val_{number:08d}.JPEG": label for number, label in KNOWN_VAL.items()}
+    return np.array([known.get(name, label) for name, label in zip(names, labels, strict=True)])
+
+
+def _wrong_label(path: Path, name: str, found: Any, expected: Any) -> str:
+    return (
+        f"{path}: expected label {expected} for {name}, the rank of its wnid in sorted order, found {found}; "
+        "use the list whose labels follow the sorted wnids"
+    )
+
+
+def _voc_classes(root: Path, name: str = "voc2007") -> list[str]:
+    """Return the classes that have a list, in alphabetical order, which is VOC's."""
+    folder = _need(root / "VOC2007/ImageSets/Main", name)
+    return sorted(path.name.removesuffix("_trainval.txt") for path in folder.glob("*_trainval.txt"))
+
+
+def _voc_ids(root: Path, year: str, kind: str, split: str, name: str) -> list[str]:
+    path = _need(root / year / "ImageSets" / kind / f"{split}.txt", name)
+    return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+
+
+def _voc_images(root: Path, year: str, ids: list[str]) -> Paths:
+    return Paths(root, [f"{year}/JPEGImages/{each}.jpg" for each in ids])
+
+
+def _voc2007(dataset: Dataset, split: str) -> Listing:
+    ids = _voc_ids(dataset.root, "VOC2007", "Main", split, dataset.name)
+    folder = dataset.root / "VOC2007/ImageSets/Main"
+    columns = [
+        _voc_class_list(_need(folder / f"{each}_{split}.txt", dataset.name), ids)
+        for each in dataset.class_names
+    ]
+    labels = np.stack(columns, axis=1) if ids else np.zeros((0, dataset.classes), np.int8)
+    return Listing(_voc_images(dataset.root, "VOC2007", ids), labels)
+
+
+def _voc_class_list(path: Path, ids: list[str]) -> np.ndarray:
+    """Return `(N,)` int8 of a class list: its 1, −1, 0 (present, absent, difficult) become 1, 0, −1."""
+    entries = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    stored = {"1": 1, "-1": 0, "0": -1}
+    for row, entry in enumerate(entries):
+        if len(entry) != 2 or entry[1] not in stored:
+            raise BadInput(
+                f"{path}: line {row + 1}: expected `<image id> 1`, `-1` or `0`, found {' '.join(entry)!r}; "
+                "unpack the list again"
+            )
+    if [entry[0] for entry in entries] != ids:
+        raise BadInput(
+            f"{path}: expected the {len(ids)} image ids of {path.name.split('_')[-1]}, in its order, found "
+            f"{len(entries)} others; unpack ImageSets again"
+        )
+    return np.array([stored[entry[1]] for entry in entries], np.int8)
+
+
+VOC0712_SPLITS = {
+    "trainval07": ("VOC2007", "trainval"),
+    "trainval12": ("VOC2012", "trainval"),
+    "test07": ("VOC2007", "test"),
+}
+
+
+def _voc0712(dataset: Dataset, split: str) -> Listing:
+    year, listed = VOC0712_SPLITS[split]
+    ids = _voc_ids(dataset.root, year, "Main", listed, dataset.name)
+    paths = _voc_images(dataset.root, year, ids)
+    categories = {name: number for number, name in enumerate(dataset.class_names)}
+    annotations = dataset.root / year / "Annotations"
+    boxes = [
+        {"file_name": str(path), "image_id": each, **_voc_objects(annotations / f"{each}.xml", categories)}
+        for each, path in zip(ids, paths, strict=True)
+    ]
+    return Listing(paths, boxes=boxes, sizes=_sizes(boxes))
+
+
+def _voc_objects(path: Path, categories: dict[str, int]) -> dict[str, Any]:
+    try:
+        tree = ET.parse(_need(path, "voc0712")).getroot()
+        size = {key: int(tree.findtext(f"size/{key}")) for key in ("height", "width")}
+        return {**size, "annotations": [_voc_object(each, categories) for each in tree.iterfind("object")]}
+    except (ET.ParseError, TypeError, ValueError, KeyError) as error:
+        raise BadInput(
+            f"{path}: expected a VOC annotation with size and objects of the classes "
+            f"{', '.join(categories)}; found {type(error).__name__}: {error}; unpack Annotations again"
+        ) from error
+
+
+def _voc_object(element: ET.Element, categories: dict[str, int]) -> dict[str, Any]:
+    x0, y0, x1, y1 = (float(element.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax"))
+    return {
+        "bbox": [x0 - 1, y0 - 1, x1, y1],
+        "category_id": categories[element.findtext("name")],
+        "iscrowd": 0,
+        "difficult": int(element.findtext("difficult", "0")),
+    }
+
+
+def _coco_file(root: Path, split: str) -> Path:
+    return root / "annotations" / f"instances_{split}.json"
+
+
+def _read_json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        return json.loads(_need(path, name).read_bytes())
+    except ValueError as error:
+        raise BadInput(f"{path}: not valid JSON ({error}); unpack it again") from error
+
+
+def _coco_categories(root: Path) -> list[dict[str, Any]]:
+    content = _read_json(_coco_file(root, "val2017"), "coco2017")
+    return sorted(content["categories"], key=lambda category: category["id"])
+
+
+def _coco_classes(root: Path) -> list[str]:
+    return [category["name"] for category in _coco_categories(root)]
+
+
+def _coco2017(dataset: Dataset, split: str) -> Listing:
+    path = _coco_file(dataset.root, split)
+    content = _read_json(path, dataset.name)
+    ids = sorted(category["id"] for category in content["categories"])
+    categories = {each: number for number, each in enumerate(ids)}
+    images = sorted(content["images"], key=lambda image: image["id"])
+    objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
+    for annotation in content["annotations"]:
+        try:
+            objects[annotation["image_id"]].append(_coco_object(annotation, categories))
+        except KeyError as error:
+            raise BadInput(
+                f"{path}: annotation {annotation.get('id')} names {error}, which the file does not have; "
+                "unpack the annotations again"
+            ) from error
+    paths = Paths(dataset.root, [f"{split}/{image['file_name']}" for image in images])
+    boxes = [
+        {
+            "file_name": str(path),
+            "image_id": image["id"],
+            "height": image["height"],
+            "width": image["width"],
+            "annotations": objects[image["id"]],
+        }
+        for image, path in zip(images, paths, strict=True)
+    ]
+    return Listing(paths, boxes=boxes, sizes=_sizes(boxes))
+
+
+def _coco_object(annotation: dict[str, Any], categories: dict[int, int]) -> dict[str, Any]:
+    x, y, width, height = annotation["bbox"]
+    return {
+        "bbox": [x, y, x + width, y + height],
+        "category_id": categories[annotation["category_id"]],
+        "iscrowd": annotation["iscrowd"],
+        "difficult": 0,
+        "segmentation": annotation["segmentation"],
+    }
+
+
+def _sizes(boxes: list[dict[str, Any]]) -> np.ndarray:
+    return np.array([(entry["width"], entry["height"]) for entry in boxes], np.int64).reshape(-1, 2)
+
+
+PLACES_IMAGES = "data/vision/torralba/deeplearning/images256"
+
+
+def _places_list(root: Path, split: str) -> Path:
+    return root / "trainvalsplit_places205" / f"{split}_places205.csv"
+
+
+def _places_classes(root: Path) -> list[str]:
+    """Return the category folders in the order of their labels in the val list."""
+    path = _need(_places_list(root, "val"), "places205")
+    names, labels = _read_list(path)
+    found: dict[int, str] = {}
+    for name, label in zip(names, labels.tolist(), strict=True):
+        category = _places_category(name)
+        if found.setdefault(label, category) != category:
+            raise BadInput(
+                f"{path}: expected one category per label, found {found[label]} and {category} with label "
+                f"{label}; unpack trainvalsplit_places205 again"
+            )
+    return [found[label] for label in sorted(found)]
+
+
+def _places_category(name: str) -> str:
+    """Return "abbey" for data/vision/torralba/deeplearning/images256/a/abbey/gsun_….jpg."""
+    return str(Path(name).parent.relative_to(PLACES_IMAGES)).split("/", 1)[-1]
+
+
+def _places205(dataset: Dataset, split: str) -> Listing:
+    names, labels = _read_list(_need(_places_list(dataset.root, split), dataset.name))
+    return Listing(Paths(dataset.root, names), labels)
+
+
+def _check_places205(dataset: Dataset, split: str, listing: Listing) -> None:
+    _check_range(dataset, split, listing)
+    names = [os.fsdecode(name) for name in listing.paths.names]
+    for name, label in zip(names, listing.labels.tolist(), strict=True):
+        if _places_category(name) != dataset.class_names[label]:
+            raise BadInput(
+                f"{_places_list(dataset.root, split)}: expected label "
+                f"{dataset.class_names.index(_places_category(name))} for {name}, as in the val list, found "
+                f"{label}; unpack trainvalsplit_places205 again"
+            )
+
+
+def _inat_file(root: Path, split: str) -> Path:
+    return root / f"{split}2018.json"
+
+
+def _inat_classes(root: Path) -> list[str]:
+    content = _read_json(_inat_file(root, "val"), "inat18")
+    return [category["name"] for category in sorted(content["categories"], key=lambda each: each["id"])]
+
+
+def _inat18(dataset: Dataset, split: str) -> Listing:
+    """Return the images of a split; the label is the category id as it stands (convert_inaturalist.py)."""
+    path = _inat_file(dataset.root, split)
+    content = _read_json(path, dataset.name)
+    category = {each["image_id"]: each["category_id"] for each in content["annotations"]}
+    try:
+        labels = np.array([category[image["id"]] for image in content["images"]], np.int64)
+    except KeyError as error:
+        raise BadInput(f"{path}: image {error} has no annotation; unpack the file again") from error
+    return Listing(Paths(dataset.root, [image["file_name"] for image in content["images"]]), labels)
+
+
+def _voc12aug_classes(root: Path) -> list[str]:
+    return ["background", *VOC_CLASSES]
+
+
+def _voc12aug(dataset: Dataset, split: str) -> Listing:
+    """Return images and masks: VOC's own for train and val, SBD's for aug, whose borders differ."""
+    ids = _voc_ids(dataset.root, "VOC2012", "Segmentation", split, dataset.name)
+    masks = "SegmentationClassAug" if split == "aug" else "SegmentationClass"
+    return Listing(
+        _voc_images(dataset.root, "VOC2012", ids),
+        masks=Paths(dataset.root, [f"VOC2012/{masks}/{each}.png" for each in ids]),
+    )
+
+
+def _cityscapes_classes(root: Path) -> list[str]:
+    return list(CITYSCAPES_CLASSES)
+
+
+def _cityscapes(dataset: Dataset, split: str) -> Listing:
+    folder = _need(dataset.root / "leftImg8bit" / split, dataset.name)
+    stems = [
+        f"{split}/{city}/{name.removesuffix('_leftImg8bit.png')}"
+        for city in _folders(folder)
+        for name in _image_names(folder / city)
+        if name.endswith("_leftImg8bit.png")
+    ]
+    return Listing(
+        Paths(dataset.root, [f"leftImg8bit/{stem}_leftImg8bit.png" for stem in stems]),
+        masks=Paths(dataset.root, [f"gtFine/{stem}_gtFine_labelTrainIds.png" for stem in stems]),
+    )
+
+
+def _check_range(dataset: Dataset, split: str, listing: Listing) -> None:
+    """Raise `BadInput` unless every label lies in [0, classes)."""
+    wrong = np.flatnonzero((listing.labels < 0) | (listing.labels >= dataset.classes))
+    if len(wrong):
+        raise BadInput(
+            f"{listing.paths[int(wrong[0])]}: expected a label of 0 to {dataset.classes - 1}, found "
+            f"{listing.labels[wrong[0]]} in the {split} list of {dataset.name}; unpack the list again"
+        )
+
+
+class Layout(NamedTuple):
+    """How a dataset is read: its class names, its splits, the list files to hash, a check of its labels."""
+
+    classes: Callable[[Path], list[str]]
+    read: Callable[[Dataset, str], Listing]
+    lists: tuple[str, ...]  # glob patterns
+    check: Callable[[Dataset, str, Listing], None] | None = None
+
+
+READERS = {
+    "imagenet": Layout(_imagenet_classes, _imagenet, ("meta/*.txt",), _check_imagenet),
+    "voc2007": Layout(_voc_classes, _voc2007, ("VOC2007/ImageSets/Main/*.txt",)),
+    "places205": Layout(_places_classes, _places205, ("trainvalsplit_places205/*.csv",), _check_places205),
+    "inat18": Layout(_inat_classes, _inat18, ("train2018.json", "val2018.json"), _check_range),
+    "voc0712": Layout(partial(_voc_classes, name="voc0712"), _voc0712, ("VOC20??/ImageSets/Main/t*.txt",)),
+    "coco2017": Layout(_coco_classes, _coco2017, ("annotations/instances_*2017.json",)),
+    "voc12aug": Layout(_voc12aug_classes, _voc12aug, ("VOC2012/ImageSets/Segmentation/*.txt",)),
+    "cityscapes": Layout(_cityscapes_classes, _cityscapes, ()),
+}
+
+# ---------------------------------------------------------------- files and lists
+
+
+def _need(path: Path, name: str) -> Path:
+    """Return `path` if it exists; else raise `BadInput` that names what the dataset needs."""
+    if not path.exists():
+        raise BadInput(
+            f"{path}: not found; {name} needs under its root: {LAYOUTS[name]}; unpack or link it there, or "
+            f"correct datasets.{name}.root"
+        )
+    return path
+
+
+def _folders(folder: Path) -> list[str]:
+    """Return the names of the folders in `folder`, sorted; those with a leading dot do not count."""
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and entry.name[0] != ".")
+
+
+def _has_folders(folder: Path) -> bool:
+    with os.scandir(folder) as entries:
+        return any(entry.is_dir() and entry.name[0] != "." for entry in entries)
+
+
+def _image_names(folder: Path) -> list[str]:
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if entry.name[0] != "."]
+    return sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
+
+
+def _read_list(path: Path) -> tuple[list[str], np.ndarray]:
+    """Read lines of `relative/path label`, split at the last space; labels are `(N,)` int64."""
+    names, labels = [], []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        name, _, label = line.strip().rpartition(" ")
+        if name and label.isdecimal():
+            names.append(name.rstrip())
+            labels.append(int(label))
+        elif line.strip():
+            raise BadInput(
+                f"{path}: line {number}: expected `relative/path label`, found {line!r}; restore the list"
+            )
+    return names, np.array(labels, np.int64)
+
+
+def _ranks(names: Iterable[str], wnids: list[str], where: Path) -> np.ndarray:
+    """Return for each `<wnid>/<file>` the rank of its wnid, `(N,)` int64."""
+    rank = {wnid: number for number, wnid in enumerate(wnids)}
+    folders = [name.split("/", 1)[0] for name in names]
+    try:
+        return np.array([rank[folder] for folder in folders], np.int64)
+    except KeyError as error:
+        raise BadInput(
+            f"{where}: {error} is not one of the {len(wnids)} wnid folders of train/; restore the missing "
+            "folder or the list"
+        ) from error
+
+
+# ---------------------------------------------------------------- verification
+
+
+def verify(name: str, config: Block, output: Path) -> None:
+    """Verify the dataset `name` and write its manifest to `output`, the same bytes for the same dataset.
+
+    Looks at layout, class count, label order and image counts; then at every image (header and end of file) and
+    mask; then decodes a seeded sample of `config.decode` images per split. Raises `BadInput` with one sentence that
+    names the path, what was expected, what was found, and the remedy.
+    """
+    if name not in READERS:
+        raise BadInput(f"--name: expected one of {', '.join(READERS)}, found {name!r}")
+    config = config.completed(name)
+    dataset = _unverified(name, config)
+    lists = {
+        str(path.relative_to(dataset.root)): sha256(path)
+        for pattern in READERS[name].lists
+        for path in sorted(dataset.root.glob(pattern))
+    }
+    splits = {
+        split: _verify_split(dataset, split, expected, config.decode)
+        for split, expected in config.images.items()
+    }
+    manifest = {
+        "manifest_version": MANIFEST_VERSION,
+        "name": name,
+        "version": config.version,
+        "root": str(config.root),
+        "classes": dataset.classes,
+        "class_names": dataset.class_names,
+        "splits": splits,
+        "lists": lists,
+    }
+    with replacing(output) as part:
+        part.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+
+
+def _unverified(name: str, config: Block) -> Dataset:
+    """Return the dataset as the config describes it, after a look at its root and its number of classes."""
+    if config.root is None:
+        raise BadInput(f"datasets.{name}.root is not set; set it to the folder of the dataset")
+    if not config.root.is_dir():
+        raise BadInput(
+            f"{config.root}: no such folder; set datasets.{name}.root to the folder that holds {LAYOUTS[name]}"
+        )
+    class_names = READERS[name].classes(config.root)
+    if len(class_names) != config.classes:
+        raise BadInput(
+            f"{config.root}: expected {config.classes:,} classes (datasets.{name}.classes), found "
+            f"{len(class_names):,}; complete the dataset or correct the number"
+        )
+    return Dataset(name, config.root, class_names, {split: {} for split in config.images})
+
+
+def _verify_split(dataset: Dataset, split: str, expected: int, decoded: int) -> dict[str, Any]:
+    """Verify one split and return its entry in the manifest."""
+    layout = READERS[dataset.name]
+    listing = layout.read(dataset, split)
+    if len(listing.paths) != expected:
+        raise BadInput(
+            f"{dataset.root}: expected {expected:,} images in {split} (datasets.{dataset.name}.images.{split}), "
+            f"found {len(listing.paths):,}; complete the dataset or correct the number"
+        )
+    if layout.check:
+        layout.check(dataset, split, listing)
+    sizes = _inspect_all(listing.paths, dataset.name)
+    if listing.sizes is not None:
+        _check_sizes(listing.paths, sizes, listing.sizes, "its annotation")
+    chosen = np.sort(np.random.default_rng(0).permutation(expected)[:decoded])
+    for index in chosen:
+        decode(listing.paths[index])
+    if listing.masks is not None:
+        _check_sizes(listing.masks, _inspect_all(listing.masks, dataset.name), sizes, "its image")
+        for index in chosen:
+            _check_mask(listing.masks[index], dataset)
+    return {"images": expected, "decoded": len(chosen), "sha256": _digest(listing)}
+
+
+def _digest(listing: Listing) -> str:
+    """Return the SHA-256 of the names and labels of a split, in their order."""
+    digest = hashlib.sha256(listing.paths.names.tobytes())
+    if listing.labels is not None:
+        digest.update(listing.labels.tobytes())
+    return digest.hexdigest()
+
+
+def _verified(dataset: Dataset, split: str) -> Listing:
+    """Read a split again and raise `BadInput` unless its names and labels are those in the manifest."""
+    if split not in dataset.splits:
+        raise BadInput(f"{dataset.name} has the splits {', '.join(dataset.splits)}; found {split!r}")
+    listing = READERS[dataset.name].read(dataset, split)
+    if _digest(listing) != dataset.splits[split]["sha256"]:
+        raise BadInput(
+            f"{dataset.root}: the images or labels of {split} are not those that were verified; verify "
+            f"{dataset.name} again (delete its manifest)"
+        )
+    return listing
+
+
+def _inspect_all(paths: Paths, name: str, threads: int = 32, chunk: int = 1000) -> np.ndarray:
+    """Return (width, height) of every image, `(N, 2)`; raises `BadInput` naming the first unreadable one.
+
+    Threads hide the latency of a network file system; nothing of an image is kept but its size.
+    """
+    Image.preinit()
+    chunks = [paths[start : start + chunk] for start in range(0, len(paths), chunk)]
+    sizes: list[tuple[int, int]] = []
+    faults: list[str] = []
+    with ThreadPoolExecutor(threads) as pool:
+        for some_sizes, some_faults in pool.map(_inspect_chunk, chunks):
+            sizes += some_sizes
+            faults += some_faults
+    if faults:
+        more = f" (and {len(faults) - 1:,} more of {len(paths):,} files)" if len(faults) > 1 else ""
+        raise BadInput(f"{faults[0]}{more}; restore it from the archive of {name}")
+    return np.array(sizes, np.int64).reshape(-1, 2)
+
+
+def _inspect_chunk(paths: Paths) -> tuple[list[tuple[int, int]], list[str]]:
+    sizes, faults = [], []
+    for path in paths:
+        try:
+            sizes.append(_inspect(path))
+        except FileNotFoundError:
+            faults.append(f"{path}: no such file, though the lists name it{_how_to_make(path)}")
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+            faults.append(f"{path}: truncated or no image ({error})")
+    return sizes, faults
+
+
+def _how_to_make(path: Path) -> str:
+    made = path.name.endswith("_labelTrainIds.png")
+    return " (make it with csCreateTrainIdLabelImgs of cityscapesScripts)" if made else ""
+
+
+def _inspect(path: Path) -> tuple[int, int]:
+    """Return (width, height) from the header; an image that does not end as it must is decoded in full."""
+    with path.open("rb") as file, Image.open(file) as image:
+        tail = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}.get(image.format)
+        if tail is not None:
+            position = file.tell()
+            file.seek(-len(tail), os.SEEK_END)
+            if file.read() == tail:
+                return image.size
+            file.seek(position)
+        image.load()
+        return image.size
+
+
+def _check_sizes(paths: Paths, found: np.ndarray, expected: np.ndarray, what: str) -> None:
+    """Raise `BadInput` for an image that has not the expected size, nor has it once turned upright."""
+    for index in np.flatnonzero((found != expected).any(axis=1)):
+        if decode(paths[index]).size != tuple(expected[index]):
+            (w, h), (width, height) = found[index], expected[index]
+            raise BadInput(
+                f"{paths[index]}: expected {width} × {height} pixels, the size of {what}, found {w} × {h}; "
+                "restore both from the archive"
+            )
+
+
+def _check_mask(path: Path, dataset: Dataset) -> None:
+    """Raise `BadInput` for a mask that is not one channel of class numbers or 255."""
+    with Image.open(path) as image:
+        if image.mode not in ("P", "L"):
+            raise BadInput(
+                f"{path}: expected a palette or greyscale image of class numbers, found mode {image.mode}; "
+                "restore it from the archive"
+            )
+        values = np.unique(np.asarray(image))
+    wrong = values[(values >= dataset.classes) & (values != VOID)]
+    if len(wrong):
+        raise BadInput(
+            f"{path}: expected class numbers 0 to {dataset.classes - 1} or {VOID}, found {wrong[0]}; "
+            "restore it from the archive"
+        )
