@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -21,7 +21,7 @@ def center_crop(resize: int, crop: int) -> Callable[[Image.Image], Tensor]:
     """Short edge to `resize` pixels, then the central `crop` × `crop` pixels (MMSelfSup, knn_imagenet.py)."""
 
     def transform(image: Image.Image) -> Tensor:
-        return normalize(to_tensor(TF.center_crop(TF.resize(image, [resize]), [crop])))
+        return normalize(to_tensor(_crop_centre(_resize_short_edge(image, resize), crop)))
 
     return transform
 
@@ -30,14 +30,27 @@ def squash(resize: int, crop: int) -> Callable[[Image.Image], Tensor]:
     """Short edge to `resize` pixels, then both edges to `crop`: the aspect ratio is lost (svm_voc07.py)."""
 
     def transform(image: Image.Image) -> Tensor:
-        return normalize(to_tensor(TF.resize(TF.resize(image, [resize]), [crop, crop])))
+        image = _resize_short_edge(image, resize).resize((crop, crop), Image.Resampling.BILINEAR)
+        return normalize(to_tensor(image))
 
     return transform
 
 
+def _resize_short_edge(image: Image.Image, size: int) -> Image.Image:
+    """Return `image` with its short edge `size` pixels long and the other in proportion, rounded down."""
+    short = min(image.size)
+    width, height = (size if edge == short else size * edge // short for edge in image.size)
+    return image.resize((width, height), Image.Resampling.BILINEAR)
+
+
+def _crop_centre(image: Image.Image, size: int) -> Image.Image:
+    left, top = (round((edge - size) / 2) for edge in image.size)
+    return image.crop((left, top, left + size, top + size))
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """Return a PIL RGB image as float tensor `(3, H, W)` in [0, 1]."""
-    return TF.pil_to_tensor(image).float().div_(255)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
 
 
 def normalize(image: Tensor) -> Tensor:
