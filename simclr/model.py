@@ -165,7 +165,7 @@ def _stage(
 
 def _initialise(module: nn.Module) -> None:
     """Convolutions normal with fan-out, ReLU gain; BatchNorm keeps its weight 1, bias 0 (He et al. 2015)."""
-    # On the meta device there is nothing to fill, and drawing there makes torch import its compiler (seconds).
+    # Nothing to fill on the meta device, where drawing makes torch import its compiler (seconds).
     if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
