@@ -29,7 +29,7 @@ STEPS = {
     "convert": ("simclr.convert:convert", "convert a backbone for Detectron2 and MMSegmentation"),
     "features": ("simclr.features:extract", "extract the features of one split of a dataset"),
     **{name: (f"simclr.benchmarks.{name}:evaluate", None) for name in BENCHMARKS},
-    "model_zoo": ("simclr.results:model_zoo", "collate all records into the page"),
+    "model_zoo": ("simclr.model_zoo:model_zoo", "collate all records into the page"),
     "schema": ("simclr.config:write_schema", "write the JSON schema of the config file"),
 }
 
@@ -105,7 +105,7 @@ def _parser(step: str, function: Callable[..., Any]) -> argparse.ArgumentParser:
 
 def _help(parameter: inspect.Parameter) -> str:
     if parameter.name == "config":
-        return "JSON, or FILE:BLOCK (config/config.yaml:benchmarks.imagenet_knn)"
+        return "JSON, FILE, or FILE:BLOCK (config/config.yaml:benchmarks.imagenet_knn)"
     return parameter.annotation.split(" |")[0]
 
 
@@ -125,9 +125,9 @@ def _annotation(function: Callable[..., Any], name: str) -> str | None:
 
 
 def read_block(text: str, model: type[Any]) -> Any:
-    """Return `text` as a `model`: JSON as it stands, or `FILE:BLOCK`, a block of a YAML file.
+    """Return `text` as a `model`: JSON as it stands, `FILE`, a YAML file, or `FILE:BLOCK`, a block of it.
 
-    Raises `BadInput` when the text is neither, the file has no such block, or the block does not validate.
+    Raises `BadInput` when the text is none of these, the file has no such block, or it does not validate.
     """
     from simclr.config import parse
 
@@ -139,12 +139,13 @@ def read_block(text: str, model: type[Any]) -> Any:
     import yaml
 
     file, _, keys = text.partition(":")
-    if not keys:
-        raise BadInput(f"--config: expected JSON or FILE.yaml:BLOCK, found {text!r}")
     if not Path(file).is_file():
-        raise BadInput(f"--config: no such file: {file}")
-    block = yaml.safe_load(Path(file).read_text())
-    for key in keys.split("."):
+        raise BadInput(f"--config: expected JSON, FILE or FILE:BLOCK; there is no file {file!r}")
+    try:
+        block = yaml.safe_load(Path(file).read_text())
+    except yaml.YAMLError as error:
+        raise BadInput(f"--config: {file} is not valid YAML: {' '.join(str(error).split())}") from error
+    for key in filter(None, keys.split(".")):
         if not isinstance(block, dict) or key not in block:
             raise BadInput(f"--config: {file} has no block {keys} (stopped at {key!r})")
         block = block[key]

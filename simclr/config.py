@@ -114,11 +114,31 @@ class FeatureSet(Closed):
         return self
 
 
+PUBLISHED_FEATURES = {
+    "voc2007": {"transform": "squash"},
+    "imagenet": {"layers": ["avgpool"], "dtype": "float16"},
+}
+
+
 class FeatureSets(Closed):
     """Which features are extracted of which dataset."""
 
-    voc2007: FeatureSet = FeatureSet(transform="squash")
-    imagenet: FeatureSet = FeatureSet(layers=["avgpool"], dtype="float16")
+    voc2007: FeatureSet = Field({}, description="For the SVMs; transform: squash unless it says otherwise.")
+    imagenet: FeatureSet = Field(
+        {}, description="For nearest neighbours; layers: [avgpool], dtype: float16 unless it says otherwise."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _start_from_published(cls, content: Any) -> Any:
+        """A block that sets `crop` alone keeps the published transform and layers of its dataset."""
+        if not isinstance(content, dict):
+            return content
+        return content | {
+            name: published | block
+            for name, published in PUBLISHED_FEATURES.items()
+            if isinstance(block := content.get(name, {}), dict)
+        }
 
 
 # ---------------------------------------------------------------- models
@@ -231,7 +251,12 @@ class Model(Closed):
     benchmarks: list[Literal[BENCHMARKS]] | None = Field(
         None, description="Benchmarks this model runs; null: all of `benchmarks:`."
     )
-    gpus: int = Field(1, ge=0, description="GPUs for pretraining; 0: CPU. Does not change the recipe.")
+    gpus: int = Field(
+        1,
+        ge=0,
+        description="GPUs for pretraining; every other job of the model takes one. 0: all on the CPU. "
+        "Does not change the recipe.",
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:

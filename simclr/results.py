@@ -1,4 +1,4 @@
-"""Records of single benchmarks and the page made of them."""
+"""Records: the result of one benchmark for one model, written whole and validated on write and on read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from pydantic import Field, FiniteFloat, ValidationError
 
-from simclr import BadInput
+from simclr import BadInput, __version__
 from simclr.protocol import Closed
 
 Sha256 = str
@@ -63,7 +63,7 @@ def read(path: Path) -> Record:
     """Read and validate a record; raises `BadInput` naming the file and the offending key."""
     try:
         return Record.model_validate_json(Path(path).read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise BadInput(f"{path}: no such record; make it with `snakemake {path}`") from error
     except ValidationError as error:
         first = error.errors()[0]
@@ -117,7 +117,7 @@ def provenance(inputs: dict[str, Any]) -> tuple[Sha256, DatasetStamp]:
 def software() -> dict[str, str]:
     """Return the versions that a number depends on, and the git commit ("-dirty" when edited)."""
     packages = ("torch", "torchvision", "numpy", "scikit-learn", "pillow", "onedl-mmsegmentation")
-    versions = {"python": platform.python_version(), "simclr": metadata.version("simclr")}
+    versions = {"python": platform.python_version(), "simclr": __version__}
     for package in packages:
         try:
             versions[package] = metadata.version(package)

@@ -8,10 +8,13 @@ line and the keyword `train=` in Python.
 from __future__ import annotations
 
 import importlib
+import math
 import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from simclr import BadInput
 
 BENCHMARKS = (
     "voc07_svm",
@@ -37,13 +40,19 @@ def load(name: str) -> ModuleType:
 def run(name: str, model: str, config: Any, output: Path, inputs: dict[str, Any]) -> None:
     """Evaluate one benchmark on opened `inputs` and write its record to `output`, whole or not at all.
 
-    `config` is the benchmark's `Config`. Raises `BadInput` when two inputs come from different checkpoints.
+    `config` is the benchmark's `Config`. Raises `BadInput` when two inputs come from different checkpoints,
+    or when a metric is not a finite number: a failure is never written as a value.
     """
     from simclr import results
 
     checkpoint, dataset = results.provenance(inputs)
     started = time.monotonic()
     metrics = load(name).evaluate(**inputs, config=config)
+    for key, value in [*metrics.items(), *metrics.spread.items()]:
+        if not math.isfinite(value):
+            raise BadInput(
+                f"{name} of {model}: expected finite numbers, but {key} is {value}; no record was written"
+            )
     results.write(
         results.Record(
             benchmark=name,

@@ -77,10 +77,10 @@ def records(name):
     """Return a function that gives the records of one benchmark, for every model that runs it."""
 
     def of_models(wildcards):
-        found = [path for path in page_records() if path.endswith(f"/{name}.json")]
-        if not found:
+        models = [model for model, benchmark in CONFIG.pairs() if benchmark == name]
+        if not models:
             raise WorkflowError(f"no model runs {name}; add it under `benchmarks:` in the config")
-        return found
+        return [f"{CONFIG.output}/{model}/{name}.json" for model in models]
 
     return of_models
 

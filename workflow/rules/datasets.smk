@@ -2,9 +2,9 @@
 if CONFIG.demo_data:
 
     rule demo:
-        """Make the miniature datasets, in the layouts of the real ones; the marker says that all are whole."""
+        """Make the miniature datasets, in the layouts of the real ones; demo.json is written last."""
         output:
-            touch(f"{CONFIG.demo_data}/demo.done"),
+            f"{CONFIG.demo_data}/demo.json",
         log:
             "<results>/datasets/demo.log",
         benchmark:
@@ -15,7 +15,7 @@ if CONFIG.demo_data:
             mem_mb=lambda wildcards, attempt: 2_000 * attempt,
             runtime=lambda wildcards, attempt: 10 * attempt,
         params:
-            folder=str(CONFIG.demo_data),
+            folder=lambda wildcards, output: os.path.dirname(output[0]),
         shell:
             "python -m simclr demo --output {params.folder:q} > {log} 2>&1"
 

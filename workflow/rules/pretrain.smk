@@ -43,6 +43,7 @@ rule import_checkpoint:
     """Take in an existing checkpoint; every tensor is accounted for in the certificate."""
     output:
         backbone="<results>/{model}/backbone.safetensors",
+        certificate="<results>/{model}/backbone.certificate.json",
     log:
         "<results>/{model}/logs/import_checkpoint.log",
     benchmark:
