@@ -29,9 +29,10 @@ MANIFEST_VERSION = 1
 VOID = 255  # the label of mask pixels that count for nothing
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
 
-VOC_CLASSES = tuple(
-    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
-    "pottedplant sheep sofa train tvmonitor".split()
+VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train"),
+    "tvmonitor",
 )
 CITYSCAPES_CLASSES = (
     *("road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign"),
@@ -43,7 +44,8 @@ CITYSCAPES_CLASSES = (
 LAYOUTS = {
     "imagenet": "train/<wnid>/*.JPEG, val/<wnid>/*.JPEG (or val/*.JPEG with meta/val.txt)",
     "voc2007": "VOC2007/JPEGImages, VOC2007/ImageSets/Main/<class>_{trainval,test}.txt",
-    "places205": "data/vision/torralba/deeplearning/images256, trainvalsplit_places205/{train,val}_places205.csv",
+    "places205": "data/vision/torralba/deeplearning/images256, "
+    "trainvalsplit_places205/{train,val}_places205.csv",
     "inat18": "train_val2018/<super>/<category id>/*.jpg, train2018.json, val2018.json",
     "voc0712": "VOC2007 and VOC2012, each with JPEGImages, Annotations and ImageSets/Main",
     "coco2017": "train2017, val2017, annotations/instances_{train2017,val2017}.json",
@@ -131,7 +133,7 @@ def decode(path: Path) -> Image.Image:
         raise BadInput(f"{path}: no such image; restore it, then verify the dataset again") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise BadInput(
-            f"{path}: cannot be decoded ({error}); replace it by an intact copy, then verify the dataset again"
+            f"{path}: cannot be decoded ({error}); replace it by an intact copy and verify the dataset again"
         ) from error
 
 
@@ -179,7 +181,7 @@ class Dataset:
 
 
 def samples(dataset: Dataset, split: str) -> Samples:
-    """Return images and labels of a split of imagenet, voc2007, places205 or inat18, in the order of its list.
+    """Return images and labels of a split of imagenet, voc2007, places205 or inat18, in its list's order.
 
     Raises `BadInput` for an unknown split and when the list is no longer the one that was verified.
     """
@@ -192,10 +194,10 @@ def samples(dataset: Dataset, split: str) -> Samples:
 def detection(dataset: Dataset, split: str) -> list[dict[str, Any]]:
     """Return a split of voc0712 or coco2017 in Detectron2's layout, one dict per image.
 
-    Keys: `file_name`, `image_id`, `height`, `width` (pixels), `annotations`: each with `bbox` (x0, y0, x1, y1) in
-    pixels from the top left corner, `category_id` from 0, `iscrowd`, `difficult`, and for COCO
-    `segmentation` (polygons or RLE). VOC's xmin and ymin are 1-based and inclusive: both are lowered by one.
-    Difficult objects and images without objects are kept.
+    Keys: `file_name`, `image_id`, `height`, `width` (pixels), `annotations`: each with `bbox`
+    (x0, y0, x1, y1) in pixels from the top left corner, `category_id` from 0, `iscrowd`, `difficult`, and
+    for COCO `segmentation` (polygons or RLE). VOC's xmin and ymin, 1-based, are lowered
+    by one. Difficult objects and images without objects are kept.
     """
     listing = _verified(dataset, split)
     if listing.boxes is None:
@@ -664,9 +666,9 @@ def _ranks(names: Iterable[str], wnids: list[str], where: Path) -> np.ndarray:
 def verify(name: str, config: Block, output: Path) -> None:
     """Verify the dataset `name` and write its manifest to `output`, the same bytes for the same dataset.
 
-    Looks at layout, class count, label order and image counts; then at every image (header and end of file) and
-    mask; then decodes a seeded sample of `config.decode` images per split. Raises `BadInput` with one sentence that
-    names the path, what was expected, what was found, and the remedy.
+    Looks at layout, class count, label order and image counts; then at every image and mask (header and end
+    of file); and decodes a seeded sample of `config.decode` images per split. Raises `BadInput` with one
+    sentence that names the path, what was expected, what was found, and the remedy.
     """
     if name not in READERS:
         raise BadInput(f"--name: expected one of {', '.join(READERS)}, found {name!r}")
@@ -701,7 +703,8 @@ def _unverified(name: str, config: Block) -> Dataset:
         raise BadInput(f"datasets.{name}.root is not set; set it to the folder of the dataset")
     if not config.root.is_dir():
         raise BadInput(
-            f"{config.root}: no such folder; set datasets.{name}.root to the folder that holds {LAYOUTS[name]}"
+            f"{config.root}: no such folder; set datasets.{name}.root to the folder that holds "
+            f"{LAYOUTS[name]}"
         )
     class_names = READERS[name].classes(config.root)
     if len(class_names) != config.classes:
@@ -718,8 +721,9 @@ def _verify_split(dataset: Dataset, split: str, expected: int, decoded: int) -> 
     listing = layout.read(dataset, split)
     if len(listing.paths) != expected:
         raise BadInput(
-            f"{dataset.root}: expected {expected:,} images in {split} (datasets.{dataset.name}.images.{split}), "
-            f"found {len(listing.paths):,}; complete the dataset or correct the number"
+            f"{dataset.root}: expected {expected:,} images in {split} "
+            f"(datasets.{dataset.name}.images.{split}), found {len(listing.paths):,}; complete the dataset "
+            "or correct the number"
         )
     if layout.check:
         layout.check(dataset, split, listing)

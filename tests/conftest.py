@@ -1,0 +1,52 @@
+"""What the tests share: the miniature datasets, made once per run, and openers for them."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from simclr import config, datasets, demo
+
+DEMO_CONFIG = Path(__file__).parent.parent / "config/demo.yaml"
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """The folder of the miniature datasets; the workers of pytest-xdist share one."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "demo_data"
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            demo.make(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_block(demo_data: Path) -> Callable[[str], config.Dataset]:
+    """name → its block in config/demo.yaml, with the root in `demo_data`."""
+    content = yaml.safe_load(DEMO_CONFIG.read_text())
+
+    def block(name: str) -> config.Dataset:
+        values = content["datasets"][name]
+        root = demo_data / Path(values["root"]).relative_to(content["demo_data"])
+        return config.Dataset(**{**values, "root": root}).completed(name)
+
+    return block
+
+
+@pytest.fixture
+def dataset(demo_block: Callable[[str], config.Dataset], tmp_path: Path) -> Callable[[str], datasets.Dataset]:
+    """name → the miniature dataset, verified and opened."""
+
+    def opened(name: str) -> datasets.Dataset:
+        manifest = tmp_path / "manifests" / f"{name}.json"
+        if not manifest.exists():
+            datasets.verify(name, demo_block(name), manifest)
+        return datasets.Dataset.open(manifest)
+
+    return opened
