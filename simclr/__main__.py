@@ -30,7 +30,7 @@ STEPS = {
     "features": ("simclr.features:extract", "extract the features of one split of a dataset"),
     **{name: (f"simclr.benchmarks.{name}:evaluate", None) for name in BENCHMARKS},
     "model_zoo": ("simclr.model_zoo:model_zoo", "collate all records into the page"),
-    "schema": ("simclr.config:write_schema", "write the JSON schema of the config file"),
+    "schema": ("simclr.schema:write", "write the JSON schema of the config file, and its README"),
 }
 
 # What the annotation of a step's parameter stands for on the command line.

@@ -1,6 +1,6 @@
 """The config file: what is benchmarked. Typed, closed, and checked before any job is submitted.
 
-`read(path)` returns a validated `Config`; `write_schema(path)` makes `workflow/schemas/config.schema.yaml`.
+`read(path)` returns a validated `Config`; `python -m simclr schema` writes down what is legal.
 Every default is the published value; its source stands in the description.
 """
 
@@ -16,7 +16,6 @@ from pydantic import AfterValidator, Field, ValidationError, create_model, model
 from simclr import BadInput
 from simclr.benchmarks import BENCHMARKS, load
 from simclr.protocol import Closed
-from simclr.results import replacing
 
 # ---------------------------------------------------------------- datasets
 
@@ -87,7 +86,9 @@ class FeatureSet(Closed):
     """How the features of one dataset are extracted."""
 
     layers: list[Literal["feature1", "feature2", "feature3", "feature4", "feature5", "avgpool"]] = Field(
-        ["feature1", "feature2", "feature3", "feature4", "feature5", "avgpool"], min_length=1
+        ["feature1", "feature2", "feature3", "feature4", "feature5", "avgpool"],
+        min_length=1,
+        description="Feature maps that are pooled and stored; avgpool is the global average of the last.",
     )
     transform: Literal["squash", "center_crop"] = Field(
         "center_crop",
@@ -175,7 +176,7 @@ class Recipe(Closed):
 
     dataset: Literal["imagenet"] = Field("imagenet", description="Pretrained on its train split.")
     architecture: Architecture = "resnet50"
-    epochs: int = Field(200, ge=1)
+    epochs: int = Field(200, ge=1, description="Passes over the train split.")
     batch_size: int = Field(256, ge=2, description="Images per step over all GPUs (two views of each).")
     projector: tuple[int, int] = Field((2048, 128), description="Hidden and output width of the projector.")
     temperature: float = Field(0.1, gt=0, description="Of NT-Xent (SimCLR paper, table 5).")
@@ -184,10 +185,12 @@ class Recipe(Closed):
         description="Zero the last BatchNorm weight of every block. The published linear rows were trained "
         "with it, the older SVM, detection and segmentation rows without.",
     )
-    optimizer: Literal["lars", "sgd", "adamw"] = "lars"
+    optimizer: Literal["lars", "sgd", "adamw"] = Field(
+        "lars", description="lars: as published; adamw learns faster at the miniature's batch of 256."
+    )
     lr: float = Field(0.3, gt=0, description="Learning rate per 256 images; scaled linearly with batch_size.")
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(1e-6, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1, description="Of LARS and SGD.")
+    weight_decay: float = Field(1e-6, ge=0, description="L2 penalty on what `lars_exclude` leaves in.")
     trust_coefficient: float = Field(0.001, gt=0, description="Of LARS.")
     lars_exclude: Literal["bias_and_bn", "bias_and_bn_but_shortcut"] = Field(
         "bias_and_bn_but_shortcut",
@@ -209,7 +212,7 @@ class Recipe(Closed):
     drop_last: bool = Field(False, description="Drop the last, smaller batch of each epoch.")
     sync_bn: bool = Field(True, description="BatchNorm statistics over all GPUs.")
     augmentation: Augmentation = Augmentation()
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="Of the weights, the order of the images and the views.")
     version: int = Field(1, ge=1, description="Raise it to pretrain again.")
 
 
@@ -238,7 +241,7 @@ class RandomInit(Closed):
     """Random weights: the floor of every benchmark."""
 
     architecture: Architecture = "resnet50"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="The same seed gives the same weights.")
     version: int = Field(1, ge=1, description="Raise it to draw again.")
 
 
@@ -391,13 +394,14 @@ def _fields_at(model: Any, location: tuple[str | int, ...]) -> list[str]:
     schema = model.model_json_schema()
     node = schema
     for key in location:
-        node = _resolve(node, schema)
+        node = resolve(node, schema)
         freely_named = next(iter(node.get("patternProperties", {}).values()), {})
         node = node.get("properties", {}).get(str(key), freely_named)
-    return list(_resolve(node, schema).get("properties", {}))
+    return list(resolve(node, schema).get("properties", {}))
 
 
-def _resolve(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+def resolve(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    """Return the block that a node of a JSON schema stands for: through `anyOf` with null, and `$ref`."""
     for option in node.get("anyOf", []):
         if option.get("type") != "null":
             node = option
@@ -405,10 +409,3 @@ def _resolve(node: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
     if "$ref" in node:
         node = schema["$defs"][node["$ref"].rsplit("/", 1)[1]]
     return node
-
-
-def write_schema(output: Path) -> None:
-    """Write the JSON schema of the config file, as YAML, to `output`."""
-    text = yaml.safe_dump(Config.model_json_schema(), sort_keys=False, width=110)
-    with replacing(output) as part:
-        part.write_text("# Generated by `python -m simclr schema --output FILE`.\n" + text)
