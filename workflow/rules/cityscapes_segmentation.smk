@@ -22,7 +22,8 @@ rule cityscapes_segmentation_record:
     resources:
         gpu=gpu,
         mem_mb=lambda wildcards, attempt: attempt * (3_000 + 32_000 * gpu(wildcards)),
-        runtime=lambda wildcards, attempt: 1440 * attempt,
+        runtime=lambda wildcards, attempt: attempt
+        * minutes(trained_on("cityscapes_segmentation"), per_second=10),
     params:
         config=benchmark_block("cityscapes_segmentation"),
         work="<results>/{model}/work/cityscapes_segmentation",

@@ -22,7 +22,7 @@ rule coco2017_detection_record:
     resources:
         gpu=gpu,
         mem_mb=lambda wildcards, attempt: attempt * (3_000 + 48_000 * gpu(wildcards)),
-        runtime=lambda wildcards, attempt: 5760 * attempt,
+        runtime=lambda wildcards, attempt: attempt * minutes(trained_on("coco2017_detection"), per_second=10),
     params:
         config=benchmark_block("coco2017_detection"),
         work="<results>/{model}/work/coco2017_detection",

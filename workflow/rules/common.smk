@@ -106,6 +106,12 @@ def images(dataset, *splits):
     return sum(counts[split] for split in splits or counts)
 
 
+def trained_on(name):
+    """Return how many images a benchmark that counts iterations trains on."""
+    config = getattr(CONFIG.benchmarks, name)
+    return config.iterations * config.batch_size
+
+
 def minutes(images, per_second):
     """Return the minutes that so many images take, and ten for everything else."""
     return 10 + images // (60 * per_second)

@@ -22,7 +22,8 @@ rule imagenet_mhead_record:
     resources:
         gpu=gpu,
         mem_mb=lambda wildcards, attempt: attempt * (2_000 + 24_000 * gpu(wildcards)),
-        runtime=lambda wildcards, attempt: 2880 * attempt,
+        runtime=lambda wildcards, attempt: attempt
+        * minutes(images("imagenet", "train") * CONFIG.benchmarks.imagenet_mhead.epochs, per_second=1_000),
     params:
         config=benchmark_block("imagenet_mhead"),
         work="<results>/{model}/work/imagenet_mhead",

@@ -22,7 +22,8 @@ rule imagenet_semi_record:
     resources:
         gpu=gpu,
         mem_mb=lambda wildcards, attempt: attempt * (2_000 + 24_000 * gpu(wildcards)),
-        runtime=lambda wildcards, attempt: 1440 * attempt,
+        runtime=lambda wildcards, attempt: attempt
+        * minutes(images("imagenet", "train") * CONFIG.benchmarks.imagenet_semi.epochs, per_second=1_000),
     params:
         config=benchmark_block("imagenet_semi"),
         work="<results>/{model}/work/imagenet_semi",

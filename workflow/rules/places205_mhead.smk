@@ -22,7 +22,8 @@ rule places205_mhead_record:
     resources:
         gpu=gpu,
         mem_mb=lambda wildcards, attempt: attempt * (2_000 + 24_000 * gpu(wildcards)),
-        runtime=lambda wildcards, attempt: 2880 * attempt,
+        runtime=lambda wildcards, attempt: attempt
+        * minutes(images("places205", "train") * CONFIG.benchmarks.places205_mhead.epochs, per_second=1_000),
     params:
         config=benchmark_block("places205_mhead"),
         work="<results>/{model}/work/places205_mhead",

@@ -10,7 +10,8 @@ rule pretrain:
         + f"{CONFIG.models[wildcards.model].pretrain.dataset}.json",
     output:
         backbone="<results>/{model}/backbone.safetensors",
-        loss="<results>/{model}/pretrain.png",
+        loss="<results>/{model}/pretrain.csv",
+        picture="<results>/{model}/pretrain.png",
     log:
         "<results>/{model}/logs/pretrain.log",
     benchmark:

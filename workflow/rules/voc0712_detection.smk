@@ -22,7 +22,7 @@ rule voc0712_detection_record:
     resources:
         gpu=gpu,
         mem_mb=lambda wildcards, attempt: attempt * (3_000 + 32_000 * gpu(wildcards)),
-        runtime=lambda wildcards, attempt: 1440 * attempt,
+        runtime=lambda wildcards, attempt: attempt * minutes(trained_on("voc0712_detection"), per_second=20),
     params:
         config=benchmark_block("voc0712_detection"),
         work="<results>/{model}/work/voc0712_detection",

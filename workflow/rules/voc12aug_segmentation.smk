@@ -22,7 +22,8 @@ rule voc12aug_segmentation_record:
     resources:
         gpu=gpu,
         mem_mb=lambda wildcards, attempt: attempt * (3_000 + 32_000 * gpu(wildcards)),
-        runtime=lambda wildcards, attempt: 720 * attempt,
+        runtime=lambda wildcards, attempt: attempt
+        * minutes(trained_on("voc12aug_segmentation"), per_second=20),
     params:
         config=benchmark_block("voc12aug_segmentation"),
         work="<results>/{model}/work/voc12aug_segmentation",
