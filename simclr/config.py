@@ -7,6 +7,7 @@ Every default is the published value; its source stands in the description.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -112,6 +113,18 @@ class FeatureSet(Closed):
             raise ValueError(
                 f"pooling: specified is defined for crop: 224; at crop: {self.crop} use adaptive"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _crop_fits(self) -> FeatureSet:
+        if self.transform == "center_crop" and self.crop > self.resize:
+            raise ValueError(f"center_crop: expected crop ≤ resize, found {self.crop} > {self.resize}")
+        return self
+
+    @model_validator(mode="after")
+    def _layers_once(self) -> FeatureSet:
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"expected each layer once, found {', '.join(self.layers)}")
         return self
 
 
@@ -377,16 +390,24 @@ def _explain(model: type[Closed], error: dict[str, Any], where: str) -> str:
     path = ".".join(map(str, error["loc"])) or "the whole"
     if error["type"] == "extra_forbidden":
         legal = _fields_at(model, error["loc"][:-1])
-        nearest = difflib.get_close_matches(str(error["loc"][-1]), legal, n=1, cutoff=0)
-        return f"{where}: {path}: unknown key; did you mean {nearest[0]}? legal here: {', '.join(legal)}"
+        return f"{where}: {path}: unknown key{_nearest(error['loc'][-1], legal)}; legal: {', '.join(legal)}"
     if error["type"] == "value_error":
         return f"{where}: {path}: {error['ctx']['error']}"
-    found = (
-        error["input"]
-        if isinstance(error["input"], str | int | float | None)
-        else type(error["input"]).__name__
-    )
-    return f"{where}: {path}: {error['msg'][0].lower()}{error['msg'][1:]}; found {found!r}"
+    if error["type"] == "missing":
+        return f"{where}: {path}: this key is required, and missing"
+    found = error["input"]
+    if not isinstance(found, str | int | float | None):
+        found = f"a {type(found).__name__}"
+    hint = ""
+    if error["type"] == "literal_error":
+        hint = _nearest(found, re.findall("'([^']*)'", error["ctx"]["expected"]))
+    return f"{where}: {path}: {error['msg'][0].lower()}{error['msg'][1:]}; found {found!r}{hint}"
+
+
+def _nearest(found: Any, legal: list[str]) -> str:
+    """Return a question after the legal name nearest to `found`."""
+    nearest = difflib.get_close_matches(str(found), legal, n=1, cutoff=0)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def _fields_at(model: Any, location: tuple[str | int, ...]) -> list[str]:
