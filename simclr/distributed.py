@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -63,3 +64,64 @@ def total(x: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(x)
     return x
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Return whether `flag` is true on any rank."""
+    return flag if world_size() == 1 else bool(total(torch.tensor(float(flag), device=device)) > 0)
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def sync_batchnorm(module: nn.Module) -> nn.Module:
+    """Return `module` with every BatchNorm replaced by one whose batch statistics are those of all ranks.
+
+    On GPUs it is torch's, which runs nowhere else.
+    """
+    if any(p.is_cuda for p in module.parameters()):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            child.__class__ = CPUSyncBatchNorm
+        else:
+            setattr(module, name, sync_batchnorm(child))
+    return module
+
+
+class CPUSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over all ranks, for gloo."""
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        dims = [0, *range(2, x.ndim)]
+        shape = [1, -1, *([1] * (x.ndim - 2))]
+        count = total(torch.tensor(float(x.numel() // x.shape[1])))
+        mean = _Sum.apply(x.sum(dims)) / count
+        centred = x - mean.view(shape)
+        variance = _Sum.apply(centred.square().sum(dims)) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale.view(shape) + self.bias.view(shape)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over ranks; so the gradient, too, is summed over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return total(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return total(gradient)
