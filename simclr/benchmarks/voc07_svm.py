@@ -1,12 +1,23 @@
-"""VOC SVM."""
+"""VOC SVM: linear SVMs on frozen features of VOC2007, one per class; mean average precision on test.
+
+Protocol: MMSelfSup v0.11.0, tools/benchmarks/classification/svm_voc07 (train_svm_kfold.py, test_svm.py,
+svm_helper.py), which come from fair_self_supervision_benchmark. For every layer and class the cost is
+chosen by 3-fold cross-validation on trainval. The published script solves to a tolerance of 1e-4 with an
+unseeded solver; here every problem is solved until its duality gap vanishes (see `_svm.py`).
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import Field, PositiveFloat
+
+from simclr import BadInput
 from simclr.protocol import Column, Metrics, Protocol
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from simclr.features import Features
 
 TITLE = "VOC SVM"
@@ -16,12 +27,165 @@ COLUMNS = {
     "svm": Column("SVM"),
 }
 
+Layer = Literal["feature1", "feature2", "feature3", "feature4", "feature5"]
+
 
 class Config(Protocol):
     """Defaults are the published protocol."""
 
     dataset: ClassVar[str] = "voc2007"
 
+    layers: list[Layer] = Field(
+        ["feature1", "feature2", "feature3", "feature4", "feature5"],
+        min_length=1,
+        description="Layers that compete; the one with the highest mAP on test is reported.",
+    )
+    costs: list[PositiveFloat] = Field(
+        [1.0, 10.0, 100.0, *(0.5**power for power in range(4, 20))],
+        min_length=1,
+        description="Costs C of the SVM, in the order in which ties are broken: the first wins "
+        "(MMSelfSup svm_helper.parse_cost_list: 1, 10, 100 and the powers 0.5⁴ … 0.5¹⁹).",
+    )
+    folds: int = Field(
+        3, ge=2, description="Folds of the cross-validation, stratified, unshuffled (train_svm_kfold.py)."
+    )
+
 
 def evaluate(train: Features, test: Features, config: Config) -> Metrics:
-    raise NotImplementedError
+    """Return `svm` (mAP of the best layer, percent), `best_layer` (1–5) and the mAP of every layer.
+
+    Images of only difficult objects (label −1) are negatives in training and removed in testing. Details:
+    per layer the chosen cost and the test AP of each class, and the worst relative duality gap.
+    Raises `BadInput` for a layer that is missing, labels that do not fit, or a class without enough
+    positives or negatives.
+    """
+    import numpy as np
+
+    check(train, test, config.layers)
+    held_out = stratified_folds(train.labels, config.folds)
+    details = {layer: evaluate_layer(train, test, layer, held_out, config.costs) for layer in config.layers}
+    means = {layer: float(np.mean(found["average_precision"])) for layer, found in details.items()}
+    best = max(means, key=means.get)
+    return Metrics(
+        {"best_layer": int(best.removeprefix("feature")), "svm": means[best], **means}, details=details
+    )
+
+
+def check(train: Features, test: Features, layers: list[str]) -> None:
+    """Raise `BadInput` unless both splits have `layers` of equal width and labels of the same classes."""
+    for split, features in (("train", train), ("test", test)):
+        for layer in layers:
+            if layer not in features.layers:
+                raise BadInput(
+                    f"{split} features have no {layer}, only {', '.join(features.layers)}; extract {layer} "
+                    "(features.voc2007.layers), or leave it out of the benchmark"
+                )
+        if features.labels.ndim != 2:
+            raise BadInput(
+                f"{split} labels: expected one column per class; found shape {features.labels.shape}"
+            )
+    for layer in layers:
+        widths = [features.layers[layer].shape[1] for features in (train, test)]
+        if widths[0] != widths[1]:
+            raise BadInput(f"{layer}: train features are {widths[0]} wide, test features {widths[1]}")
+    classes = [features.labels.shape[1] for features in (train, test)]
+    if classes[0] != classes[1]:
+        raise BadInput(f"train labels have {classes[0]} classes, test labels {classes[1]}")
+    for index, column in enumerate(test.labels.T):
+        if not (column == 1).any() or not (column == 0).any():
+            raise BadInput(
+                f"class {index}: the test split needs positives and negatives; found {(column == 1).sum()} "
+                f"positive and {(column == 0).sum()} negative images"
+            )
+
+
+def stratified_folds(labels: np.ndarray, folds: int) -> np.ndarray:
+    """Return `(N, C)`: the fold that holds each image out, per class; `labels` as in a features folder.
+
+    Raises `BadInput` when a fold would be left without a positive or a negative.
+    """
+    import numpy as np
+    from sklearn.model_selection import StratifiedKFold
+
+    held_out = np.empty(labels.shape, dtype=np.int64)
+    for index, positive in enumerate((labels == 1).T):
+        count = int(positive.sum())
+        if min(count, len(positive) - count) < folds:
+            raise BadInput(
+                f"class {index}: {folds} folds need at least {folds} positive and {folds} negative training "
+                f"images; found {count} and {len(positive) - count}"
+            )
+        for fold, (_, rows) in enumerate(StratifiedKFold(folds).split(positive, positive)):
+            held_out[rows, index] = fold
+    return held_out
+
+
+def evaluate_layer(
+    train: Features, test: Features, layer: str, held_out: np.ndarray, costs: list[float]
+) -> dict[str, list[float]]:
+    """Return, per class, the cost chosen by cross-validation and the AP on test in percent, of one layer."""
+    import numpy as np
+
+    from simclr.benchmarks import _svm
+
+    positives = train.labels == 1
+    signs = np.where(positives, 1, -1)
+    folds = int(held_out.max()) + 1
+    members = [held_out != fold for fold in range(folds)]
+    images = _svm.scaled(train.layers[layer])
+    problems = _svm.Problems(
+        _svm.gram(images, images), np.concatenate([signs, *(signs * member for member in members)], axis=1)
+    )
+    similarity = _svm.gram(_svm.scaled(test.layers[layer]), images)
+    validated, tested, gap = {}, {}, 0.0
+    for solution in problems.path(costs):
+        _, *scores = np.split(solution.scores.cpu().numpy(), folds + 1, axis=1)
+        validated[solution.cost] = validation_precision(scores, positives, held_out)
+        final = solution.coefficients[:, : signs.shape[1]]
+        tested[solution.cost] = test_precision((similarity @ final).cpu().numpy(), test.labels)
+        gap = max(gap, float(solution.gap.max()))
+    chosen = np.argmax([validated[cost] for cost in costs], axis=0)  # the first maximum
+    return {
+        "cost": [costs[choice] for choice in chosen],
+        "validation_average_precision": [
+            float(100 * validated[costs[choice]][index]) for index, choice in enumerate(chosen)
+        ],
+        "average_precision": [
+            float(100 * tested[costs[choice]][index]) for index, choice in enumerate(chosen)
+        ],
+        "worst_relative_duality_gap": gap,
+    }
+
+
+def validation_precision(scores: list[np.ndarray], positives: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+    """Return the step-wise average precision `(C,)`, the mean over folds; `scores[fold]` is `(N, C)`."""
+    import numpy as np
+
+    from simclr.metrics import stepwise_average_precision
+
+    return np.array(
+        [
+            np.mean(
+                [
+                    stepwise_average_precision(of_fold[rows, index], positives[rows, index])
+                    for fold, of_fold in enumerate(scores)
+                    for rows in [held_out[:, index] == fold]
+                ]
+            )
+            for index in range(positives.shape[1])
+        ]
+    )
+
+
+def test_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Return the average precision `(C,)` of `scores` `(N, C)`, without the images of label −1."""
+    import numpy as np
+
+    from simclr.metrics import average_precision
+
+    return np.array(
+        [
+            average_precision(scores[labels[:, index] >= 0, index], labels[labels[:, index] >= 0, index] == 1)
+            for index in range(labels.shape[1])
+        ]
+    )
