@@ -1,0 +1,480 @@
+"""What the detection benchmarks share: trials, the two engines behind one file interface, the metrics.
+
+An engine trains a detector and detects; it computes no metric, so both are measured by the same code here.
+It reads a spec (JSON: protocol, masks, classes, backbone, architecture, train and test lists, folder, seed)
+and writes a result (JSON: engine, software, load report, seconds per iteration, losses, detections):
+
+    python -m simclr.benchmarks._detection_detectron2 SPEC RESULT
+
+Detectron2 so runs in a Python of its own where `SIMCLR_DETECTRON2_PYTHON` names one. Either engine uses every
+visible GPU. A list holds one image per line, as JSON in Detectron2's layout. A detection has `image_id`,
+`category_id` from 0, `bbox` as x0 y0 x1 y1 in pixels of the original image, `score`, `segmentation` (RLE).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from simclr import BadInput
+from simclr.results import replacing
+
+if TYPE_CHECKING:
+    from simclr.benchmarks.voc0712_detection import Config
+    from simclr.checkpoint import Backbone
+    from simclr.datasets import Dataset
+    from simclr.protocol import Metrics
+
+Json = dict[str, Any]
+IOU_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
+# What may change without another training.
+FREE_KEYS = {"trials", "seed", "checkpoint_every"}
+
+
+def evaluate(
+    backbone: Backbone, dataset: Dataset, config: Config, work: Path, measure: Callable[..., dict[str, float]]
+) -> Metrics:
+    """Train and test `config.trials` detectors in `work`; return the mean of what `measure` finds, percent.
+
+    `measure(test images, detections, class names)` is `voc_metrics` or `coco_metrics`.
+    """
+    from simclr import datasets
+
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput("detection starts one process per visible GPU itself: call it once, without torchrun")
+    folder = _folder(Path(work), backbone, dataset, config)
+    truth = datasets.detection(dataset, config.test_split)
+    with locked(folder):
+        spec = _prepare(folder, backbone, dataset, config, truth)
+        results = [_trial({**spec, "seed": config.seed + i}, folder) for i in range(config.trials)]
+    values = [_measured(measure, truth, result["detections"], dataset.class_names) for result in results]
+    picture = folder / "detections.png"
+    draw(truth, results[0]["detections"], dataset.class_names, picture)
+    return _summary(values, results, picture)
+
+
+def _summary(values: list[dict[str, float]], results: list[Json], picture: Path) -> Metrics:
+    from simclr.protocol import Metrics
+
+    table = {key: np.array([value[key] for value in values]) for key in values[0]}
+    several = len(values) > 1
+    return Metrics(
+        {key: float(column.mean()) for key, column in table.items()},
+        spread={key: float(column.std(ddof=1)) for key, column in table.items()} if several else {},
+        trials={key: len(column) for key, column in table.items()} if several else {},
+        details={
+            **{key: results[0][key] for key in ("engine", "software", "load")},
+            "seconds_per_iteration": results[0]["seconds_per_iteration"],
+            "last_losses": results[0]["losses"],
+            "trials": values,
+            "picture": os.path.relpath(picture),
+        },
+    )
+
+
+# ---------------------------------------------------------------- the work folder
+
+
+def _folder(work: Path, backbone: Backbone, dataset: Dataset, config: Config) -> Path:
+    """Return the folder under `work` of exactly this backbone, dataset and protocol."""
+    identity = {
+        "protocol": config.model_dump(mode="json", exclude=FREE_KEYS),
+        "checkpoint_sha256": backbone.checkpoint_sha256,
+        "manifest_sha256": dataset.dataset.manifest_sha256,
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return work / digest[:12]
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` alone; raises `BadInput` when another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadInput(f"{folder}: another process trains here; wait for it or end it") from error
+        yield
+
+
+def _prepare(folder: Path, backbone: Backbone, dataset: Dataset, config: Config, truth: list[Json]) -> Json:
+    """Write the lists of images and return the spec that all trials share."""
+    from simclr import datasets
+
+    lists = {"train": folder / "train.jsonl", "test": folder / "test.jsonl"}
+    images = (image for split in config.train_splits for image in datasets.detection(dataset, split))
+    train = training_images(images, config.masks)
+    if not train:
+        raise BadInput(f"{dataset.name}: no training image has an object; nothing can be learned")
+    write_lines(lists["train"], train)
+    # The engines see no truth of the test images.
+    keys = ("image_id", "height", "width")
+    write_lines(lists["test"], ({**_file(image), **{key: image[key] for key in keys}} for image in truth))
+    return {
+        "engine": config.engine,
+        "protocol": config.model_dump(mode="json"),
+        "masks": config.masks,
+        "classes": dataset.classes,
+        "backbone": str(backbone.path.resolve()),
+        "architecture": backbone.architecture,
+        **{key: str(path.resolve()) for key, path in lists.items()},
+    }
+
+
+def training_images(images: Iterable[Json], masks: bool) -> list[Json]:
+    """Return the images that have objects, with their usable objects: no crowds, with masks only polygons.
+
+    Difficult objects stay (Detectron2, pascal_voc.py). A polygon needs three points; an object without any
+    such polygon is left out (Detectron2, coco.py).
+    """
+    kept = []
+    for image in images:
+        objects = [_usable(each, masks, image) for each in image["annotations"] if not each["iscrowd"]]
+        objects = [each for each in objects if each]
+        if objects:
+            kept.append({**image, **_file(image), "annotations": objects})
+    return kept
+
+
+def _file(image: Json) -> Json:
+    return {"file_name": os.path.abspath(image["file_name"])}
+
+
+def _usable(annotation: Json, masks: bool, image: Json) -> Json | None:
+    usable = {"bbox": list(annotation["bbox"]), "category_id": annotation["category_id"], "iscrowd": 0}
+    if not masks:
+        return usable
+    polygons = annotation["segmentation"]
+    if not isinstance(polygons, list):
+        raise BadInput(f"{image['file_name']}: an object that is no crowd has an RLE; expected polygons")
+    polygons = [polygon for polygon in polygons if len(polygon) >= 6 and len(polygon) % 2 == 0]
+    return {**usable, "segmentation": polygons} if polygons else None
+
+
+def write_lines(path: Path, items: Iterable[Json]) -> None:
+    """Write one JSON object per line, whole or not at all."""
+    with replacing(path) as part, part.open("w") as file:
+        file.writelines(json.dumps(item) + "\n" for item in items)
+
+
+def read_lines(path: str | Path) -> list[Json]:
+    """Read what `write_lines` wrote."""
+    with Path(path).open() as file:
+        return [json.loads(line) for line in file]
+
+
+# ---------------------------------------------------------------- the engines
+
+
+def _trial(spec: Json, folder: Path) -> Json:
+    """Return the result of the run of one seed, from its file if it is there."""
+    folder = folder / f"seed{spec['seed']}"
+    result = folder / "result.json"
+    if not result.is_file():
+        spec_file = folder / "spec.json"
+        spec = {**spec, "folder": str(folder.resolve())}
+        with replacing(spec_file) as part:
+            part.write_text(json.dumps(spec, indent=1))
+        _run(spec["engine"], spec_file, result)
+    return json.loads(result.read_text())
+
+
+def _run(engine: str, spec: Path, result: Path) -> None:
+    """Run an engine on a spec file; raises `BadInput` with the engine's sentence when it refuses the spec."""
+    module = f"simclr.benchmarks._detection_{engine}"
+    command = _detectron2_command() if engine == "detectron2" else _torchvision_command()
+    if command is None:
+        status = main(importlib.import_module(module).run, [str(spec), str(result)])
+    else:
+        root = str(Path(__file__).parents[2])
+        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+        command = [*command, "-m", module, str(spec), str(result)]
+        status = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
+    refusal = result.with_name("refused.txt")
+    if refusal.is_file():
+        sentence = refusal.read_text()
+        refusal.unlink()
+        raise BadInput(sentence)
+    if status != 0:
+        raise RuntimeError(f"the {engine} engine ended with status {status}; its own messages stand above")
+
+
+def _detectron2_command() -> list[str]:
+    python = os.environ.get("SIMCLR_DETECTRON2_PYTHON")
+    if python is None and importlib.util.find_spec("detectron2") is None:
+        raise BadInput(
+            "engine: detectron2 is not installed here: create the environment envs/detectron2.yaml and run "
+            "in it, or name its Python in SIMCLR_DETECTRON2_PYTHON, or set engine: torchvision"
+        )
+    return [python or sys.executable]
+
+
+def _torchvision_command() -> list[str] | None:
+    """Return how to start one process per GPU; None: this process will do."""
+    import torch
+
+    gpus = torch.cuda.device_count()
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
+    return [sys.executable, "-m", *launcher] if gpus > 1 else None
+
+
+def main(run: Callable[[Json], Json | None], arguments: list[str]) -> int:
+    """Run an engine as a program of two file names; return the exit status, 2 for bad input.
+
+    `run` takes the spec and returns the result, or None on all but the first process.
+    """
+    spec, result = map(Path, arguments)
+    try:
+        outcome = run(json.loads(spec.read_text()))
+    except BadInput as error:
+        with replacing(result.with_name("refused.txt")) as part:
+            part.write_text(str(error))
+        return 2
+    if outcome is not None:
+        with replacing(result) as part:
+            part.write_text(json.dumps(outcome, allow_nan=False))
+    return 0
+
+
+def load_report(found: dict[str, Any], expected: dict[str, Any], engine: str) -> Json:
+    """Compare the backbone's tensors with those in the built detector, key by key.
+
+    `found` maps a backbone's key to the detector's tensor, or None where it has none. Raises `BadInput`
+    naming the tensors that did not arrive.
+    """
+    import torch
+
+    unmatched = [
+        key
+        for key, value in expected.items()
+        if found.get(key) is None or not torch.equal(found[key].detach().cpu(), value)
+    ]
+    report = {
+        "expected": len(expected),
+        "loaded": len(expected) - len(unmatched),
+        "unmatched": unmatched,
+    }
+    if unmatched:
+        raise BadInput(
+            f"{engine}: {len(unmatched)} of {len(expected)} backbone tensors did not arrive in the detector, "
+            f"e.g. {', '.join(unmatched[:4])}; nothing was trained"
+        )
+    return report
+
+
+def per_process(batch_size: int, processes: int) -> int:
+    """Return the images of one process per iteration; raises `BadInput` when they do not divide evenly."""
+    if batch_size % processes:
+        raise BadInput(f"batch_size {batch_size} must be a multiple of the {processes} visible GPUs")
+    return batch_size // processes
+
+
+# ---------------------------------------------------------------- metrics
+
+
+def _measured(
+    measure: Callable[..., dict[str, float]], truth: list[Json], detections: list[Json], classes: list[str]
+) -> dict[str, float]:
+    if not detections:
+        raise BadInput(
+            f"the detector found nothing above score_threshold in {len(truth)} test images, so there is no "
+            "AP; train for more iterations or with another lr"
+        )
+    return measure(truth, detections, classes)
+
+
+def voc_metrics(truth: list[Json], detections: list[Json], classes: list[str]) -> dict[str, float]:
+    """Return VOC2007's `ap50`, `ap`, `ap75` of `detections`, in percent, averaged over `classes`.
+
+    As Detectron2's PascalVOCDetectionEvaluator: scores are rounded to 3 decimals and coordinates, counted
+    from 1, to one; equal scores keep their order. Raises `BadInput` for a class of which `truth` has no
+    object that is not difficult.
+    """
+    table = np.array([_class_ap(truth, detections, i, name) for i, name in enumerate(classes)])
+    means = 100 * table.mean(0)
+    at = dict(zip(IOU_THRESHOLDS, means, strict=True))
+    return {"ap50": float(at[0.5]), "ap": float(means.mean()), "ap75": float(at[0.75])}
+
+
+def _class_ap(truth: list[Json], detections: list[Json], index: int, name: str) -> list[float]:
+    """Return the average precision of one class at every IoU threshold, between 0 and 1."""
+    boxes, difficult = {}, {}
+    for image in truth:
+        objects = [each for each in image["annotations"] if each["category_id"] == index]
+        corners = np.array([each["bbox"] for each in objects]).reshape(-1, 4)
+        boxes[image["image_id"]] = corners + np.array([1, 1, 0, 0])
+        difficult[image["image_id"]] = np.array([each["difficult"] for each in objects], bool)
+    positives = sum(int((~each).sum()) for each in difficult.values())
+    if positives == 0:
+        raise BadInput(f"no test image has an object of class {name}, so its average precision is undefined")
+    found = [each for each in detections if each["category_id"] == index]
+    found = [(float(f"{each['score']:.3f}"), each["image_id"], _rounded(each["bbox"])) for each in found]
+    found.sort(key=lambda each: -each[0])
+    overlaps = [_overlaps(box, boxes[image]) for _, image, box in found]
+    images = [image for _, image, _ in found]
+    return [_ap(images, overlaps, difficult, positives, threshold) for threshold in IOU_THRESHOLDS]
+
+
+def _rounded(box: list[float]) -> np.ndarray:
+    shifted = np.array(box, np.float32) + np.array([1, 1, 0, 0], np.float32)
+    # The evaluator writes x0 + 1, y0 + 1, x1, y1: the inverse of how the annotations are read.
+    return np.array([float(f"{value:.1f}") for value in shifted])
+
+
+def _overlaps(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Return the IoU of `box` with each of `boxes` `(n, 4)`; edges count their last pixel."""
+    low, high = np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])
+    common = np.prod(np.maximum(high - low + 1, 0), 1)
+    return common / (np.prod(box[2:] - box[:2] + 1) + np.prod(boxes[:, 2:] - boxes[:, :2] + 1, 1) - common)
+
+
+def _ap(
+    images: list[Any],
+    overlaps: list[np.ndarray],
+    difficult: dict[Any, np.ndarray],
+    positives: int,
+    threshold: float,
+) -> float:
+    """Return the 11-point average precision of detections in descending order of score.
+
+    A detection is right when the object that it overlaps most does so by more than `threshold` and has not
+    been found before. Where that object is difficult, it counts neither way.
+    """
+    taken = {image: np.zeros(len(flags), bool) for image, flags in difficult.items()}
+    right, wrong = np.zeros(len(images)), np.zeros(len(images))
+    for i, (image, overlap) in enumerate(zip(images, overlaps, strict=True)):
+        best = int(overlap.argmax()) if len(overlap) else -1
+        if best < 0 or overlap[best] <= threshold or taken[image][best]:
+            wrong[i] = 1
+        elif not difficult[image][best]:
+            right[i] = taken[image][best] = True
+    right, wrong = right.cumsum(), wrong.cumsum()
+    recall = right / positives
+    precision = right / np.maximum(right + wrong, np.finfo(float).eps)
+    points = [precision[recall >= level].max(initial=0) for level in np.arange(0, 1.1, 0.1)]
+    return float(np.mean(points))
+
+
+def coco_metrics(truth: list[Json], detections: list[Json], classes: list[str]) -> dict[str, float]:
+    """Return COCO's box and mask AP, AP50 and AP75 of `detections`, in percent, by pycocotools.
+
+    All areas, 100 detections per image. Raises `BadInput` when `truth` has no object that counts.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        dataset = _coco(truth, classes)
+        found = {kind: _coco_stats(dataset, detections, kind) for kind in ("bbox", "segm")}
+    if min(min(each) for each in found.values()) < 0:
+        raise BadInput("no test image has an object that is no crowd, so average precision is undefined")
+    keys = {"bbox": "box", "segm": "mask"}
+    return {
+        f"{keys[kind]}_{name}": 100 * float(value)
+        for kind, each in found.items()
+        for name, value in zip(("ap", "ap50", "ap75"), each, strict=True)
+    }
+
+
+def _coco(truth: list[Json], classes: list[str]) -> Any:
+    """Return `truth` as pycocotools' COCO; ids of categories and annotations count from 1."""
+    from pycocotools.coco import COCO
+
+    annotations = [
+        {
+            "image_id": image["image_id"],
+            "category_id": each["category_id"] + 1,
+            "bbox": _xywh(each["bbox"]),
+            "area": _area(each["bbox"]),  # any positive number: areas only sort objects into small and large
+            "iscrowd": int(each["iscrowd"]),
+            "segmentation": each["segmentation"],
+        }
+        for image in truth
+        for each in image["annotations"]
+    ]
+    coco = COCO()
+    coco.dataset = {
+        "info": {},
+        "images": [
+            {"id": image["image_id"], "height": image["height"], "width": image["width"]} for image in truth
+        ],
+        "annotations": [{"id": i, **each} for i, each in enumerate(annotations, 1)],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(classes, 1)],
+    }
+    coco.createIndex()
+    return coco
+
+
+def _coco_stats(dataset: Any, detections: list[Json], kind: str) -> list[float]:
+    from pycocotools.cocoeval import COCOeval
+
+    shape = {"bbox": lambda each: _xywh(each["bbox"]), "segm": lambda each: each["segmentation"]}[kind]
+    name = {"bbox": "bbox", "segm": "segmentation"}[kind]
+    found = [
+        {
+            "image_id": each["image_id"],
+            "category_id": each["category_id"] + 1,
+            "score": each["score"],
+            name: shape(each),
+        }
+        for each in detections
+    ]
+    evaluation = COCOeval(dataset, dataset.loadRes(found), kind)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return list(evaluation.stats[:3])
+
+
+def _xywh(box: list[float]) -> list[float]:
+    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+
+def _area(box: list[float]) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+# ---------------------------------------------------------------- the picture
+
+
+def draw(
+    truth: list[Json],
+    detections: list[Json],
+    classes: list[str],
+    path: Path,
+    images: int = 6,
+    least: float = 0.3,
+) -> None:
+    """Draw the first test images with their objects (white) and the detections of score `least` and more."""
+    from PIL import Image, ImageDraw
+
+    from simclr.datasets import decode
+
+    edge, columns = 320, 3
+    sheet = Image.new("RGB", (edge * columns, edge * -(-min(images, len(truth)) // columns)))
+    for i, image in enumerate(truth[:images]):
+        tile = decode(Path(image["file_name"]))
+        scale = edge / max(tile.size)
+        tile = tile.resize([max(round(side * scale), 1) for side in tile.size])
+        pen = ImageDraw.Draw(tile)
+        for each in image["annotations"]:
+            pen.rectangle([scale * value for value in each["bbox"]], outline="white")
+        for each in detections:
+            if each["image_id"] == image["image_id"] and each["score"] >= least:
+                colour = f"hsl({360 * each['category_id'] // len(classes)}, 90%, 60%)"
+                box = [scale * value for value in each["bbox"]]
+                pen.rectangle(box, outline=colour, width=2)
+                pen.text(box[:2], f"{classes[each['category_id']]} {each['score']:.2f}", fill=colour)
+        sheet.paste(tile, (i % columns * edge, i // columns * edge))
+    with replacing(path) as part:
+        sheet.save(part, format="PNG")

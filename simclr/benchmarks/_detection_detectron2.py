@@ -1,0 +1,338 @@
+"""The Detectron2 engine: `python -m simclr.benchmarks._detection_detectron2 SPEC RESULT` (see `_detection`).
+
+The published configs are written out here, so that Detectron2's model zoo, and the setuptools that it needs,
+stay out. Datasets are registered from the spec's lists, without Detectron2's environment variable. Works with
+Detectron2 0.6 and later. Differences to its defaults that cost points when forgotten: RGB images divided by
+the standard deviation, the stride in the 3×3 convolution, no frozen stage, the extra norm after res5,
+Precise-BN.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simclr import BadInput
+from simclr.benchmarks import _detection
+
+Json = dict[str, Any]
+TRAIN, TEST = "simclr_train", "simclr_test"
+# Detectron2 0.6 uses names that numpy 1.24 dropped.
+for _name, _type in {"bool": bool, "int": int, "float": float, "object": object, "str": str}.items():
+    if _name not in vars(np):
+        setattr(np, _name, _type)
+
+
+def run(spec: Json) -> Json:
+    """Train on all visible GPUs, or on the CPU, and detect; return the result."""
+    import torch
+    from detectron2.engine import launch
+
+    processes = max(torch.cuda.device_count(), 1)
+    _detection.per_process(spec["protocol"]["batch_size"], processes)
+    refuse(spec["architecture"], spec["protocol"]["detector"])
+    launch(worker, processes, dist_url="auto", args=(spec,))
+    return json.loads((Path(spec["folder"]) / "detected.json").read_text())
+
+
+def refuse(architecture: str, detector: str) -> None:
+    """Raise `BadInput` for a backbone that Detectron2 cannot build."""
+    from simclr.model import parse_architecture
+
+    depth, width = parse_architecture(architecture)
+    if depth == "resnet50":
+        return
+    if detector == "c4":
+        raise BadInput(
+            f"engine: detectron2 cannot make a C4 detector of {architecture}: its region head is made of "
+            "bottleneck blocks; set engine: torchvision, or detector: fpn"
+        )
+    if width != 1:
+        raise BadInput(
+            f"engine: detectron2 builds {depth} at width 1 only, found {architecture}; "
+            "set engine: torchvision"
+        )
+
+
+def worker(spec: Json) -> None:
+    """Do the work of one process; the first one writes `detected.json` in the spec's folder."""
+    from detectron2.data import build_detection_test_loader
+    from detectron2.evaluation import inference_on_dataset
+    from detectron2.utils import comm
+    from detectron2.utils.env import seed_all_rng
+
+    register(spec)
+    cfg = configure(spec)
+    seed_all_rng(cfg.SEED + comm.get_rank())
+    folder = Path(spec["folder"])
+    trainer = make_trainer(cfg)
+    load = load_backbone(trainer.model, spec)
+    trainer.resume_or_load(resume=True)
+    trained = folder / "trained.json"
+    if not trained.is_file():
+        trainer.train()
+        if comm.is_main_process():
+            _write(trained, training_report(trainer))
+    comm.synchronize()
+    model = getattr(trainer.model, "module", trainer.model)
+    found = inference_on_dataset(model, build_detection_test_loader(cfg, TEST), make_collector())
+    if comm.is_main_process():
+        report = {"engine": "detectron2", "software": software(), "load": load}
+        report |= json.loads(trained.read_text())
+        _write(folder / "detected.json", {**report, "detections": found["all"]})
+        for rolling in folder.glob("model_*.pth"):
+            if rolling.name != "model_final.pth":
+                rolling.unlink()
+
+
+def _write(path: Path, content: Json) -> None:
+    from simclr.results import replacing
+
+    with replacing(path) as part:
+        part.write_text(json.dumps(content, allow_nan=False))
+
+
+def software() -> dict[str, str]:
+    """Return the versions that the detections depend on."""
+    import detectron2
+    import torch
+    import torchvision
+
+    packages = {"detectron2": detectron2, "torch": torch, "torchvision": torchvision}
+    versions = {name: package.__version__ for name, package in packages.items()}
+    return {"python": platform.python_version(), **versions}
+
+
+def register(spec: Json) -> None:
+    """Make the spec's lists known to Detectron2."""
+    from detectron2.data import DatasetCatalog
+    from detectron2.structures import BoxMode
+
+    def read(path: str) -> list[Json]:
+        images = _detection.read_lines(path)
+        for image in images:
+            for annotation in image.get("annotations", ()):
+                annotation["bbox_mode"] = BoxMode.XYXY_ABS
+        return images
+
+    for name, key in ((TRAIN, "train"), (TEST, "test")):
+        DatasetCatalog.register(name, functools.partial(read, spec[key]))
+
+
+# ---------------------------------------------------------------- the config
+
+
+def configure(spec: Json, device: str | None = None) -> Any:
+    """Return Detectron2's config of the spec."""
+    import torch
+    from detectron2.config import get_cfg
+
+    protocol = spec["protocol"]
+    cfg = get_cfg()
+    _solver(cfg, protocol)
+    _input(cfg, protocol)
+    _backbone(cfg.MODEL, spec["architecture"])
+    _heads(cfg.MODEL, protocol, spec["classes"])
+    (_c4 if protocol["detector"] == "c4" else _fpn)(cfg.MODEL, protocol)
+    cfg.MODEL.MASK_ON = spec["masks"]
+    cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    cfg.MODEL.WEIGHTS = ""  # `load_backbone` sets and checks them
+    cfg.OUTPUT_DIR = spec["folder"]
+    cfg.SEED = spec["seed"]
+    cfg.freeze()
+    return cfg
+
+
+def _solver(cfg: Any, protocol: Json) -> None:
+    cfg.SOLVER.IMS_PER_BATCH = protocol["batch_size"]
+    cfg.SOLVER.BASE_LR = protocol["lr"]
+    cfg.SOLVER.MAX_ITER = protocol["iterations"]
+    cfg.SOLVER.STEPS = tuple(protocol["steps"])
+    cfg.SOLVER.WARMUP_ITERS = protocol["warmup_iterations"]
+    cfg.SOLVER.WARMUP_FACTOR = protocol["warmup_factor"]
+    cfg.SOLVER.MOMENTUM = protocol["momentum"]
+    cfg.SOLVER.WEIGHT_DECAY = protocol["weight_decay"]
+    cfg.SOLVER.WEIGHT_DECAY_NORM = 0.0
+    cfg.SOLVER.CHECKPOINT_PERIOD = protocol["checkpoint_every"]
+    cfg.TEST.EVAL_PERIOD = 0
+    cfg.TEST.DETECTIONS_PER_IMAGE = protocol["detections"]
+    cfg.TEST.PRECISE_BN.ENABLED = protocol["precise_bn"] > 0
+    cfg.TEST.PRECISE_BN.NUM_ITER = protocol["precise_bn"]
+
+
+def _input(cfg: Any, protocol: Json) -> None:
+    from simclr.transforms import MEAN, STD
+
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (TRAIN,), (TEST,)
+    cfg.INPUT.FORMAT = "RGB"
+    cfg.MODEL.PIXEL_MEAN = [255 * value for value in MEAN]
+    cfg.MODEL.PIXEL_STD = [255 * value for value in STD]
+    cfg.INPUT.MIN_SIZE_TRAIN = tuple(protocol["train_edges"])
+    cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice"
+    cfg.INPUT.MIN_SIZE_TEST = protocol["test_edge"]
+    cfg.INPUT.MAX_SIZE_TRAIN = cfg.INPUT.MAX_SIZE_TEST = protocol["max_edge"]
+
+
+def _backbone(model: Any, architecture: str) -> None:
+    from simclr.model import STAGES, parse_architecture
+
+    depth, width = parse_architecture(architecture)
+    channels = round(64 * width)
+    model.BACKBONE.FREEZE_AT = 0
+    model.RESNETS.DEPTH = int(depth.removeprefix("resnet"))
+    model.RESNETS.STEM_OUT_CHANNELS = model.RESNETS.WIDTH_PER_GROUP = channels
+    model.RESNETS.RES2_OUT_CHANNELS = channels * STAGES[depth][0].expansion
+    model.RESNETS.NORM = "SyncBN"
+    model.RESNETS.STRIDE_IN_1X1 = False
+
+
+def _heads(model: Any, protocol: Json, classes: int) -> None:
+    model.ANCHOR_GENERATOR.ASPECT_RATIOS = [[0.5, 1.0, 2.0]]
+    model.RPN.BATCH_SIZE_PER_IMAGE = protocol["rpn_batch"]
+    model.RPN.PRE_NMS_TOPK_TRAIN, model.RPN.PRE_NMS_TOPK_TEST = protocol["rpn_pre_nms"]
+    model.RPN.POST_NMS_TOPK_TRAIN, model.RPN.POST_NMS_TOPK_TEST = protocol["rpn_post_nms"]
+    model.ROI_HEADS.NUM_CLASSES = classes
+    model.ROI_HEADS.BATCH_SIZE_PER_IMAGE = protocol["roi_batch"]
+    model.ROI_HEADS.SCORE_THRESH_TEST = protocol["score_threshold"]
+    for head in (model.ROI_BOX_HEAD, model.ROI_MASK_HEAD):
+        head.POOLER_TYPE, head.POOLER_SAMPLING_RATIO, head.POOLER_RESOLUTION = "ROIAlignV2", 0, 14
+    model.ROI_MASK_HEAD.NAME = "MaskRCNNConvUpsampleHead"
+    model.ROI_MASK_HEAD.CONV_DIM = protocol["head_channels"]
+
+
+def _c4(model: Any, protocol: Json) -> None:
+    model.BACKBONE.NAME = "build_resnet_backbone"
+    model.RESNETS.OUT_FEATURES = ["res4"]
+    model.ANCHOR_GENERATOR.SIZES = [list(protocol["anchor_sizes"])]
+    model.RPN.IN_FEATURES = model.ROI_HEADS.IN_FEATURES = ["res4"]
+    model.ROI_HEADS.NAME = extra_norm_heads()
+    model.ROI_MASK_HEAD.NUM_CONV = 0
+
+
+def _fpn(model: Any, protocol: Json) -> None:
+    stages = ["res2", "res3", "res4", "res5"]
+    model.BACKBONE.NAME = "build_resnet_fpn_backbone"
+    model.RESNETS.OUT_FEATURES = model.FPN.IN_FEATURES = stages
+    model.FPN.OUT_CHANNELS, model.FPN.NORM = protocol["head_channels"], "SyncBN"
+    model.ANCHOR_GENERATOR.SIZES = [[size] for size in protocol["anchor_sizes"]]
+    model.RPN.IN_FEATURES = ["p2", "p3", "p4", "p5", "p6"]
+    model.ROI_HEADS.NAME = "StandardROIHeads"
+    model.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
+    model.ROI_BOX_HEAD.NAME, model.ROI_BOX_HEAD.NUM_FC = "FastRCNNConvFCHead", 2
+    model.ROI_BOX_HEAD.FC_DIM, model.ROI_BOX_HEAD.POOLER_RESOLUTION = protocol["fc_channels"], 7
+    model.ROI_MASK_HEAD.NUM_CONV = 4
+
+
+@functools.cache
+def extra_norm_heads() -> str:
+    """Register the C4 heads that have one more norm after res5 (MoCo, detection/); return their name."""
+    from detectron2.layers import get_norm
+    from detectron2.modeling import ROI_HEADS_REGISTRY
+    from detectron2.modeling.roi_heads import Res5ROIHeads
+
+    class Res5ROIHeadsExtraNorm(Res5ROIHeads):
+        @classmethod
+        def _build_res5_block(cls, cfg: Any) -> Any:
+            stage, channels = super()._build_res5_block(cfg)
+            stage.add_module("norm", get_norm(cfg.MODEL.RESNETS.NORM, channels))
+            return stage, channels
+
+    ROI_HEADS_REGISTRY.register(Res5ROIHeadsExtraNorm)
+    return Res5ROIHeadsExtraNorm.__name__
+
+
+# ---------------------------------------------------------------- weights, training, testing
+
+
+def model_key(key: str, detector: str) -> str:
+    """Return where the backbone's tensor `key` lives in Detectron2's model."""
+    from simclr.convert import detectron2_key
+
+    if detector == "fpn":
+        return f"backbone.bottom_up.{detectron2_key(key)}"
+    return f"{'roi_heads' if key.startswith('layer4.') else 'backbone'}.{detectron2_key(key)}"
+
+
+def load_backbone(model: Any, spec: Json) -> Json:
+    """Put the backbone's tensors into the model, key by key, and return the report that they are there.
+
+    Detectron2's own loader matches names by suffix and goes on without what it does not find.
+    """
+    from simclr import checkpoint
+
+    state = checkpoint.load_backbone(Path(spec["backbone"]))
+    own = getattr(model, "module", model).state_dict()
+    found = {key: own.get(model_key(key, spec["protocol"]["detector"])) for key in state}
+    for key, target in found.items():
+        if target is not None and target.shape == state[key].shape:
+            target.copy_(state[key])
+    return _detection.load_report(found, state, "detectron2")
+
+
+def make_trainer(cfg: Any) -> Any:
+    """Return Detectron2's trainer, keeping two checkpoints and without its evaluation."""
+    from detectron2.engine import DefaultTrainer, hooks
+
+    class Trainer(DefaultTrainer):
+        def build_hooks(self) -> list[Any]:
+            kept = [hook for hook in super().build_hooks() if not isinstance(hook, hooks.EvalHook)]
+            for hook in kept:
+                if isinstance(hook, hooks.PeriodicCheckpointer):
+                    hook.max_to_keep = 2
+            return kept
+
+    return Trainer(cfg)
+
+
+def training_report(trainer: Any) -> Json:
+    """Return the seconds per iteration and the last losses."""
+    latest = trainer.storage.latest()
+    return {
+        "seconds_per_iteration": latest.get("time", (0.0, 0))[0],
+        "losses": {name: value for name, (value, _) in latest.items() if name.startswith("loss_")},
+    }
+
+
+def make_collector() -> Any:
+    """Return an evaluator that hands out all detections, `{"all": [...]}`, and computes no metric."""
+    from detectron2.evaluation import DatasetEvaluator
+    from detectron2.utils import comm
+
+    class Collector(DatasetEvaluator):
+        def reset(self) -> None:
+            self.found: list[Json] = []
+
+        def process(self, inputs: list[Json], outputs: list[Json]) -> None:
+            for image, output in zip(inputs, outputs, strict=True):
+                for entry in entries(output["instances"].to("cpu")):
+                    self.found.append({"image_id": image["image_id"], **entry})
+
+        def evaluate(self) -> Json | None:
+            parts = comm.gather(self.found)
+            return {"all": [entry for part in parts for entry in part]} if comm.is_main_process() else None
+
+    return Collector()
+
+
+def entries(instances: Any) -> list[Json]:
+    """Return each detection of one image as the result file has it."""
+    from pycocotools import mask as coco
+
+    columns = (instances.pred_classes, instances.pred_boxes.tensor, instances.scores)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    found = [{"category_id": label, "bbox": box, "score": score} for label, box, score in rows]
+    if instances.has("pred_masks"):
+        for entry, mask in zip(found, instances.pred_masks.numpy(), strict=True):
+            rle = coco.encode(np.asfortranarray(mask, np.uint8))
+            entry["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(_detection.main(run, sys.argv[1:]))
