@@ -149,7 +149,7 @@ class Problems:
             residual -= length * product
             preconditioned = residual / diagonal
             previous, energy = energy, (residual * preconditioned).sum(0)
-            direction = preconditioned + (energy / previous) * direction
+            direction = preconditioned + torch.where(wanting, energy / previous, 0.0) * direction
         return step, iterations
 
 

@@ -144,15 +144,15 @@ def precision_of_all(
     similarity = _svm.gram(_svm.scaled(test.layers[layer]), images)
     problems = _svm.Problems(_svm.gram(images, images), np.moveaxis(draws, 2, 0).reshape(len(images), -1))
     undrawn = np.where(draws == 0, train.labels, -1)
-    tested = np.empty((len(costs), *shape[:2]))
-    held_out = np.empty_like(tested)
+    tested = np.zeros((len(costs), *shape[:2]))
+    held_out = np.zeros_like(tested)
     gap = 0.0
     for solution in problems.path(costs):
         cost = costs.index(solution.cost)
         on_test = (similarity @ solution.coefficients).cpu().numpy().reshape(-1, *shape)
         on_train = solution.scores.cpu().numpy().reshape(-1, *shape)
         for at in np.ndindex(shape[:2]):
-            tested[(cost, *at)] = voc07_svm.test_precision(on_test[:, *at], test.labels).mean()
+            tested[(cost, *at)] = voc07_svm.precision_on_test(on_test[:, *at], test.labels).mean()
             held_out[(cost, *at)] = _mean_over_decidable(on_train[:, *at], undrawn[at])
         gap = max(gap, float(solution.gap.max()))
     return tested, held_out, gap
@@ -162,7 +162,7 @@ def _mean_over_decidable(scores: np.ndarray, labels: np.ndarray) -> float:
     classes = ((labels == 1).any(axis=0) & (labels == 0).any(axis=0)).nonzero()[0]
     if not len(classes):
         return float("nan")
-    return voc07_svm.test_precision(scores[:, classes], labels[:, classes]).mean()
+    return voc07_svm.precision_on_test(scores[:, classes], labels[:, classes]).mean()
 
 
 def _report(metrics: Metrics, key: str, tested: np.ndarray, judged: np.ndarray, costs: list[float]) -> None:

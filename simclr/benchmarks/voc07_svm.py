@@ -140,52 +140,38 @@ def evaluate_layer(
     validated, tested, gap = {}, {}, 0.0
     for solution in problems.path(costs):
         _, *scores = np.split(solution.scores.cpu().numpy(), folds + 1, axis=1)
-        validated[solution.cost] = validation_precision(scores, positives, held_out)
+        validated[solution.cost] = precision_on_folds(scores, positives, held_out)
         final = solution.coefficients[:, : signs.shape[1]]
-        tested[solution.cost] = test_precision((similarity @ final).cpu().numpy(), test.labels)
+        tested[solution.cost] = precision_on_test((similarity @ final).cpu().numpy(), test.labels)
         gap = max(gap, float(solution.gap.max()))
     chosen = np.argmax([validated[cost] for cost in costs], axis=0)  # the first maximum
     return {
-        "cost": [costs[choice] for choice in chosen],
-        "validation_average_precision": [
-            float(100 * validated[costs[choice]][index]) for index, choice in enumerate(chosen)
-        ],
-        "average_precision": [
-            float(100 * tested[costs[choice]][index]) for index, choice in enumerate(chosen)
-        ],
+        "cost": [costs[at] for at in chosen],
+        "average_precision": [float(100 * tested[costs[at]][index]) for index, at in enumerate(chosen)],
         "worst_relative_duality_gap": gap,
     }
 
 
-def validation_precision(scores: list[np.ndarray], positives: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+def precision_on_folds(scores: list[np.ndarray], positives: np.ndarray, held_out: np.ndarray) -> np.ndarray:
     """Return the step-wise average precision `(C,)`, the mean over folds; `scores[fold]` is `(N, C)`."""
     import numpy as np
 
     from simclr.metrics import stepwise_average_precision
 
-    return np.array(
-        [
-            np.mean(
-                [
-                    stepwise_average_precision(of_fold[rows, index], positives[rows, index])
-                    for fold, of_fold in enumerate(scores)
-                    for rows in [held_out[:, index] == fold]
-                ]
-            )
-            for index in range(positives.shape[1])
-        ]
-    )
+    precisions = np.empty((len(scores), positives.shape[1]))
+    for fold, index in np.ndindex(precisions.shape):
+        rows = held_out[:, index] == fold
+        precisions[fold, index] = stepwise_average_precision(
+            scores[fold][rows, index], positives[rows, index]
+        )
+    return precisions.mean(axis=0)
 
 
-def test_precision(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def precision_on_test(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the average precision `(C,)` of `scores` `(N, C)`, without the images of label −1."""
     import numpy as np
 
     from simclr.metrics import average_precision
 
-    return np.array(
-        [
-            average_precision(scores[labels[:, index] >= 0, index], labels[labels[:, index] >= 0, index] == 1)
-            for index in range(labels.shape[1])
-        ]
-    )
+    columns = zip(scores.T, labels.T, strict=True)
+    return np.array([average_precision(of[label >= 0], label[label >= 0] == 1) for of, label in columns])
