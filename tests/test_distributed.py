@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import multiprocessing
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from simclr import distributed
+
+SIZES = [3, 1, 4]
+
+
+def _network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3), nn.Flatten(), nn.BatchNorm1d(12)).double()
+
+
+def _images():
+    return torch.randn(sum(SIZES), 2, 2, 2, generator=torch.Generator().manual_seed(1)).double()
+
+
+def _target():
+    return torch.randn(sum(SIZES), 12, generator=torch.Generator().manual_seed(2)).double()
+
+
+def _step(network, images, target):
+    """One step of training with a loss that is a sum over images."""
+    y = network(images)
+    (y * target).sum().backward()
+    buffers = [b.detach().clone() for b in network.buffers()]
+    return [*(p.grad for p in network.parameters()), *buffers, network.eval()(images).detach()]
+
+
+def _rank(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=len(SIZES))
+    network = distributed.sync_batchnorm(_network())
+    found = _step(network, _images().split(SIZES)[rank], _target().split(SIZES)[rank])
+    for parameter in network.parameters():
+        dist.all_reduce(parameter.grad)
+    rows = torch.full((SIZES[rank], 2), rank)
+    cpu = torch.device("cpu")
+    flags = [distributed.any_rank(rank == 1, cpu), distributed.any_rank(False, cpu)]
+    torch.save((found, distributed.gather(rows), distributed.total(rows.sum()), flags), folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    multiprocessing.set_forkserver_preload(["simclr.pretrain", "matplotlib.pyplot", "torch._dynamo"])
+    mp.start_processes(_rank, (folder,), nprocs=len(SIZES), start_method="forkserver")
+    return [torch.load(folder / f"{rank}.pt") for rank in range(len(SIZES))]
+
+
+def test_batchnorm_over_ranks_is_batchnorm_over_the_whole_batch(ranks):
+    *expected, outputs = _step(_network(), _images(), _target())
+    for (found, *_), part in zip(ranks, outputs.split(SIZES), strict=True):
+        torch.testing.assert_close(found, [*expected, part], rtol=1e-9, atol=1e-12)
+
+
+def test_gather_returns_the_rows_of_every_rank_in_order(ranks):
+    for _, gathered, *_ in ranks:
+        assert [part.tolist() for part in gathered] == [[[r, r]] * n for r, n in enumerate(SIZES)]
+
+
+def test_total_is_the_sum_over_ranks(ranks):
+    assert [int(total) for _, _, total, _ in ranks] == [2 * (1 * 1 + 2 * 4)] * 3
+
+
+def test_any_rank_is_told_to_all(ranks):
+    assert [flags for *_, flags in ranks] == [[True, False]] * 3
+
+
+def test_a_single_process_needs_no_group():
+    x = torch.ones(2, 3)
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    assert distributed.gather(x) == [x]
+    assert torch.equal(distributed.total(x), x)
+    distributed.barrier()
+    with distributed.process_group() as device:
+        assert device.type in ("cpu", "cuda")
+        assert not dist.is_initialized()
+
+
+def test_sync_batchnorm_keeps_every_name():
+    names = list(_network().state_dict())
+    assert list(distributed.sync_batchnorm(_network()).state_dict()) == names
