@@ -11,6 +11,7 @@ import os
 import pickle
 import re
 import shutil
+import struct
 import sys
 import urllib.error
 import urllib.request
@@ -319,13 +320,20 @@ def read_foreign(path: Path, format: str, source: str) -> dict[str, Tensor]:
             break
     if not isinstance(content, dict) or not content:
         raise BadInput(f"{source}: expected a dictionary of tensors, found {type(content).__name__}")
-    others = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    others = [key for key, value in content.items() if not (isinstance(key, str) and torch.is_tensor(value))]
     if others:
         raise BadInput(
             f"{source}: expected tensors by name, bare or under {' or '.join(containers)}; found others "
             f"under {_some(map(str, others))}; is it of format {format}?"
         )
     return content
+
+
+# What torch.load raises for a damaged file; which one depends on the byte.
+UNREADABLE = (
+    *(RuntimeError, EOFError, OSError, ValueError, LookupError),
+    *(TypeError, AttributeError, AssertionError, struct.error),
+)
 
 
 def _load_tensors(path: Path, source: str) -> Any:
@@ -341,7 +349,7 @@ def _load_tensors(path: Path, source: str) -> Any:
                 "loading; expected tensors only: save its state_dict alone where it was made"
             ) from error
         raise BadInput(f"{source}: not a whole PyTorch checkpoint; copy or download it again") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except UNREADABLE as error:
         raise BadInput(f"{source}: not a whole PyTorch checkpoint; copy or download it again") from error
 
 

@@ -1,0 +1,306 @@
+"""Extraction equals one image at a time and writes a whole folder or none; half a folder is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_checkpoint import trained
+
+from simclr import BadInput, features, transforms
+from simclr.__main__ import main
+from simclr.checkpoint import Backbone, save_backbone
+from simclr.config import Dataset as Block
+from simclr.config import FeatureSet
+from simclr.datasets import Dataset, decode, samples, verify
+from simclr.features import Features, extract
+from simclr.model import pool, resnet
+from simclr.results import provenance
+
+ARCHITECTURE = "resnet18_w0.125"
+SMALL = {"resize": 40, "crop": 32, "pooling": "adaptive"}
+LAYERS = ["feature1", "feature2", "feature3", "feature4", "feature5", "avgpool"]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """An ImageNet of two classes: 11 training images of different sizes, 2 for validation."""
+    root = tmp_path_factory.mktemp("dataset")
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 11), ("val", 2)):
+        for i in range(n):
+            path = root / "imagenet" / split / f"n0000000{i % 2}" / f"{i}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 256, (rng.integers(30, 60), rng.integers(30, 60), 3), np.uint8)
+            Image.fromarray(pixels).save(path)
+    block = Block(root=root / "imagenet", classes=2, images={"train": 11, "val": 2})
+    verify("imagenet", block, root / "imagenet.json")
+    return Dataset.open(root / "imagenet.json")
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
+    return make_backbone(tmp_path_factory.mktemp("backbone") / "backbone.safetensors")
+
+
+def make_backbone(path: Path, **changed: torch.Tensor) -> Backbone:
+    state = trained(ARCHITECTURE)
+    state.update({key.replace("__", "."): value for key, value in changed.items()})
+    save_backbone(path, state, {"architecture": ARCHITECTURE})
+    return Backbone.open(path)
+
+
+def one_by_one(backbone: Backbone, dataset: Dataset, config: FeatureSet) -> dict[str, np.ndarray]:
+    """Return the features of the train split, one image at a time."""
+    model = backbone.model()
+    transform = getattr(transforms, config.transform)(config.resize, config.crop)
+    rows = []
+    for path in samples(dataset, "train").paths:
+        with torch.no_grad():
+            maps = model.forward_features(transform(decode(path))[None])
+        rows.append(pool(maps, config.pooling))
+    return {name: torch.cat([row[name] for row in rows]).numpy() for name in config.layers}
+
+
+# ---------------------------------------------------------------- extraction
+
+
+@pytest.mark.parametrize("transform", ["squash", "center_crop"])
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_extraction_is_one_image_at_a_time(transform, batch_size, backbone, dataset, tmp_path):
+    config = FeatureSet(**SMALL, transform=transform, batch_size=batch_size)
+    extract(backbone, dataset, "train", config, tmp_path / "f")
+    found = Features.open(tmp_path / "f")
+    assert list(found.layers) == LAYERS
+    for name, expected in one_by_one(backbone, dataset, config).items():
+        assert found.layers[name].dtype == np.float32
+        assert isinstance(found.layers[name], np.memmap)
+        np.testing.assert_allclose(found.layers[name], expected, rtol=1e-4, atol=1e-5 * abs(expected).max())
+    np.testing.assert_array_equal(found.labels, samples(dataset, "train").labels)
+
+
+def test_the_published_dimensions():
+    dims = features._dims(resnet("resnet50").eval(), FeatureSet())
+    assert dims == dict(zip(LAYERS, (9216, 9216, 8192, 9216, 8192, 2048), strict=True))
+
+
+def test_the_manifest_says_where_features_come_from(backbone, dataset, tmp_path):
+    config = FeatureSet(**SMALL, layers=["feature2", "avgpool"], dtype="float16", transform="squash")
+    extract(backbone, dataset, "val", config, tmp_path / "deep" / "f")
+    found = Features.open(tmp_path / "deep" / "f")
+    assert found.checkpoint_sha256 == backbone.checkpoint_sha256
+    assert found.dataset == dataset.dataset
+    assert found.manifest == {
+        "checkpoint_sha256": backbone.checkpoint_sha256,
+        "architecture": ARCHITECTURE,
+        "dataset": dataset.dataset.model_dump(),
+        "split": "val",
+        "images": 2,
+        "transform": {
+            "name": "squash",
+            "resize": 40,
+            "crop": 32,
+            "mean": [0.485, 0.456, 0.406],
+            "std": [0.229, 0.224, 0.225],
+        },
+        "pooling": "adaptive",
+        "dims": {"feature2": 8 * 36, "avgpool": 64},
+        "dtype": "float16",
+        "finished": True,
+    }
+    assert found.layers["avgpool"].dtype == np.float16
+    names = {path.name for path in (tmp_path / "deep" / "f").iterdir()}
+    assert names == {"feature2.npy", "avgpool.npy", "labels.npy", "manifest.json"}
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["f"]
+
+
+def test_by_the_command_line(backbone, dataset, tmp_path):
+    arguments = {
+        "--backbone": backbone.path,
+        "--dataset": dataset.root.parent / "imagenet.json",
+        "--split": "train",
+        "--config": json.dumps({**SMALL, "layers": ["avgpool"]}),
+        "--output": tmp_path / "f",
+    }
+    assert main(["features", *(str(each) for pair in arguments.items() for each in pair)]) == 0
+    assert Features.open(tmp_path / "f").layers["avgpool"].shape == (11, 64)
+
+
+def refusal(*arguments: object, error: type[Exception] = BadInput) -> str:
+    """Return the message with which an extraction ends; no part of a folder is left beside its output."""
+    with pytest.raises(error) as caught:
+        extract(*arguments)
+    output = arguments[-1]
+    assert not [path for path in output.parent.iterdir() if path.name.startswith(".")]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+CONFIG = FeatureSet(**SMALL)
+
+
+def test_features_that_are_not_finite_are_named(dataset, tmp_path):
+    variance = torch.full((8,), -1.0)
+    bad = make_backbone(tmp_path / "nan.safetensors", layer1__0__bn1__running_var=variance)
+    message = refusal(bad, dataset, "train", CONFIG, tmp_path / "f")
+    assert message.startswith(f"feature2: NaN or infinity in row 0 ({samples(dataset, 'train').paths[0]})")
+    big = make_backbone(tmp_path / "big.safetensors", bn1__weight=torch.full((8,), 1e6))
+    half = FeatureSet(**SMALL, dtype="float16")
+    assert "dtype: float32" in refusal(big, dataset, "train", half, tmp_path / "f")
+    assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [([0, 1, 2], "row 3 was written 0 times"), ([*range(11), 4], "row 4 was written 2 times")],
+)
+def test_every_row_is_written_once(index, message, backbone, dataset, tmp_path, monkeypatch):
+    def batches(*_):
+        for row in index:
+            yield np.array([row]), {"avgpool": torch.zeros(1, 64)}
+
+    monkeypatch.setattr(features, "_batches", batches)
+    config = FeatureSet(**SMALL, layers=["avgpool"])
+    assert message in refusal(backbone, dataset, "train", config, tmp_path / "f", error=RuntimeError)
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_disk_that_is_too_small_is_seen_before(backbone, dataset, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10_000))
+    monkeypatch.setattr(features, "_batches", None)
+    message = refusal(backbone, dataset, "train", CONFIG, tmp_path / "f")
+    assert message.startswith(f"{tmp_path}: 11 images need")
+    assert "dtype: float16" in message
+
+
+def test_only_features_are_replaced(backbone, dataset, tmp_path):
+    output = tmp_path / "f"
+    config = FeatureSet(**SMALL, layers=["avgpool"])
+    output.mkdir()
+    (output / "manifest.json").write_text("{")
+    (output / "feature3.npy").write_text("half")
+    extract(backbone, dataset, "train", config, output)
+    assert list(Features.open(output).layers) == ["avgpool"]
+    assert not (output / "feature3.npy").exists()
+    (output / "thesis.tex").write_text("years")
+    assert "thesis.tex" in refusal(backbone, dataset, "train", config, output)
+    assert (output / "thesis.tex").exists()
+    assert "found a file" in refusal(backbone, dataset, "train", config, output / "thesis.tex")
+
+
+def test_an_unknown_split_is_refused(backbone, dataset, tmp_path):
+    assert "test" in refusal(backbone, dataset, "test", CONFIG, tmp_path / "f")
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        ({"crop": 48, "resize": 56}, "at crop: 48 use adaptive"),
+        ({"crop": 64, "resize": 56, "pooling": "adaptive"}, "expected crop ≤ resize"),
+        ({"layers": ["avgpool", "avgpool"]}, "each layer once"),
+        ({"layers": []}, "at least 1 item"),
+    ],
+)
+def test_impossible_blocks(block, message):
+    with pytest.raises(ValueError, match=message):
+        FeatureSet(**block)
+
+
+# ---------------------------------------------------------------- reading
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A whole features folder of three images."""
+    folder = tmp_path / "features"
+    folder.mkdir()
+    np.save(folder / "avgpool.npy", np.ones((3, 4), np.float32))
+    np.save(folder / "labels.npy", np.arange(3))
+    manifest = {
+        "checkpoint_sha256": "a" * 64,
+        "dataset": {"name": "imagenet", "manifest_sha256": "b" * 64},
+        "dims": {"avgpool": 4},
+        "finished": True,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def unreadable(folder: Path) -> str:
+    """Return the message with which opening `folder` is refused."""
+    with pytest.raises(BadInput) as caught:
+        Features.open(folder)
+    assert str(caught.value).startswith(f"{folder}: ")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_features_in_memory():
+    found = Features(layers={"avgpool": np.ones((3, 4))}, labels=np.arange(3))
+    with pytest.raises(BadInput, match="no checkpoint_sha256"):
+        _ = found.checkpoint_sha256
+    with pytest.raises(BadInput, match="at least one layer"):
+        Features(layers={}, labels=np.arange(3))
+    with pytest.raises(BadInput, match="one row for each of 3 labels; found an array of shape"):
+        Features(layers={"avgpool": np.ones((2, 4))}, labels=np.arange(3))
+
+
+def test_a_half_written_folder_is_refused(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "finished": False}))
+    assert "half-written features (manifest.json does not say finished)" in unreadable(folder)
+    (folder / "manifest.json").write_text("{")
+    assert "not valid JSON" in unreadable(folder)
+    (folder / "manifest.json").unlink()
+    assert "half-written features (no manifest.json)" in unreadable(folder)
+    assert "no such features folder" in unreadable(folder.with_name("other"))
+
+
+def test_arrays_that_do_not_fit_are_refused(folder):
+    np.save(folder / "labels.npy", np.arange(4))
+    assert "avgpool: expected one row for each of 4 labels" in unreadable(folder)
+    (folder / "labels.npy").unlink()
+    assert "labels.npy cannot be read" in unreadable(folder)
+    np.save(folder / "labels.npy", np.arange(3))
+    np.save(folder / "avgpool.npy", np.ones((3, 5), np.float32))
+    assert "avgpool.npy: the manifest says dimension 4, found an array of shape (3, 5)" in unreadable(folder)
+    whole = (folder / "avgpool.npy").read_bytes()
+    (folder / "avgpool.npy").write_bytes(whole[:-1])
+    assert "avgpool.npy cannot be read" in unreadable(folder)
+    (folder / "avgpool.npy").write_bytes(b"")
+    assert "avgpool.npy cannot be read" in unreadable(folder)
+    np.save(folder / "avgpool.npy", np.array([[1, 2, 3, np.nan]] * 3))
+    assert "avgpool: row 0 holds NaN" in unreadable(folder)
+
+
+def test_a_pickle_in_an_array_is_not_run(folder):
+    np.save(folder / "labels.npy", np.array([{}, {}, {}], dtype=object), allow_pickle=True)
+    assert "labels.npy cannot be read" in unreadable(folder)
+
+
+def test_nan_in_a_late_row_is_found():
+    rows = np.zeros((20_000, 2), np.float16)
+    rows[15_000, 1] = np.inf
+    with pytest.raises(BadInput, match="feature1: row 15000 holds NaN or infinity"):
+        Features(layers={"feature1": rows}, labels=np.zeros(20_000))
+
+
+def test_features_of_another_checkpoint_or_dataset_do_not_mix(folder):
+    train = Features.open(folder)
+
+    def test(**changed: object) -> Features:
+        return Features(train.layers, train.labels, {**train.manifest, **changed})
+
+    assert provenance({"train": train, "test": test()}) == ("a" * 64, train.dataset)
+    with pytest.raises(BadInput, match="one checkpoint"):
+        provenance({"train": train, "test": test(checkpoint_sha256="c" * 64)})
+    other = {"name": "voc2007", "manifest_sha256": "b" * 64}
+    with pytest.raises(BadInput, match="one dataset"):
+        provenance({"train": train, "test": test(dataset=other)})
