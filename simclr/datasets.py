@@ -119,15 +119,17 @@ class Images:
         return self.transform(decode(self.paths[index])), self.labels[index], index
 
 
-def decode(path: Path) -> Image.Image:
+def decode(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     """Return the image as RGB, turned upright as its EXIF orientation says.
 
-    OpenCV, with which the published numbers were decoded, turns images too; PIL alone does not.
+    OpenCV, with which the published numbers were decoded, turns images too; PIL alone does not. `size` is the
+    (width, height) that boxes or a mask refer to: an image that has it as stored is not turned.
     Raises `BadInput` for a file that is missing, truncated or no image.
     """
     try:
         with Image.open(path) as image:
-            ImageOps.exif_transpose(image, in_place=True)
+            if image.size != size:
+                ImageOps.exif_transpose(image, in_place=True)
             return image.convert("RGB")
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such image; restore it, then verify the dataset again") from error
@@ -145,6 +147,7 @@ class Dataset:
     root: Path
     class_names: list[str]
     splits: dict[str, dict[str, Any]]
+    lists: dict[str, str]
     dataset: DatasetStamp | None = None
 
     @classmethod
@@ -167,7 +170,8 @@ class Dataset:
                 "which the dataset was verified, or verify it again"
             )
         stamp = DatasetStamp(name=manifest["name"], manifest_sha256=sha256(path))
-        return cls(manifest["name"], root, manifest["class_names"], manifest["splits"], stamp)
+        entries = (manifest[key] for key in ("class_names", "splits", "lists"))
+        return cls(manifest["name"], root, *entries, stamp)
 
     @property
     def classes(self) -> int:
@@ -220,6 +224,7 @@ def subset(dataset: Dataset, name: str) -> Samples:
     google-research/simclr, imagenet_subsets/. MMSelfSup 0.x called the second list train_10pct.txt.
     Raises `BadInput` when there is no such list or it names a wrong label.
     """
+    _check_lists(dataset)
     names = (name, name.replace("percent", "pct"), name.removeprefix("train_"))
     lists = [dataset.root / "meta" / f"{each}.txt" for each in names]
     path = next((path for path in lists if path.is_file()), None)
@@ -498,8 +503,8 @@ def _places_classes(root: Path) -> list[str]:
 
 
 def _places_category(name: str) -> str:
-    """Return "abbey" for data/vision/torralba/deeplearning/images256/a/abbey/gsun_….jpg."""
-    return str(Path(name).parent.relative_to(PLACES_IMAGES)).split("/", 1)[-1]
+    """Return "abbey" for …/images256/a/abbey/gsun_….jpg; some categories have two levels."""
+    return name.removeprefix(f"{PLACES_IMAGES}/").rpartition("/")[0].partition("/")[2]
 
 
 def _places205(dataset: Dataset, split: str) -> Listing:
@@ -513,9 +518,8 @@ def _check_places205(dataset: Dataset, split: str, listing: Listing) -> None:
     for name, label in zip(names, listing.labels.tolist(), strict=True):
         if _places_category(name) != dataset.class_names[label]:
             raise BadInput(
-                f"{_places_list(dataset.root, split)}: expected label "
-                f"{dataset.class_names.index(_places_category(name))} for {name}, as in the val list, found "
-                f"{label}; unpack trainvalsplit_places205 again"
+                f"{_places_list(dataset.root, split)}: expected images of {dataset.class_names[label]} for "
+                f"label {label}, as in the val list, found {name}; unpack trainvalsplit_places205 again"
             )
 
 
@@ -596,7 +600,11 @@ READERS = {
     "voc2007": Layout(_voc_classes, _voc2007, ("VOC2007/ImageSets/Main/*.txt",)),
     "places205": Layout(_places_classes, _places205, ("trainvalsplit_places205/*.csv",), _check_places205),
     "inat18": Layout(_inat_classes, _inat18, ("train2018.json", "val2018.json"), _check_range),
-    "voc0712": Layout(partial(_voc_classes, name="voc0712"), _voc0712, ("VOC20??/ImageSets/Main/t*.txt",)),
+    "voc0712": Layout(
+        partial(_voc_classes, name="voc0712"),
+        _voc0712,
+        ("VOC20*/ImageSets/Main/trainval.txt", "VOC2007/ImageSets/Main/test.txt"),
+    ),
     "coco2017": Layout(_coco_classes, _coco2017, ("annotations/instances_*2017.json",)),
     "voc12aug": Layout(_voc12aug_classes, _voc12aug, ("VOC2012/ImageSets/Segmentation/*.txt",)),
     "cityscapes": Layout(_cityscapes_classes, _cityscapes, ()),
@@ -674,11 +682,6 @@ def verify(name: str, config: Block, output: Path) -> None:
         raise BadInput(f"--name: expected one of {', '.join(READERS)}, found {name!r}")
     config = config.completed(name)
     dataset = _unverified(name, config)
-    lists = {
-        str(path.relative_to(dataset.root)): sha256(path)
-        for pattern in READERS[name].lists
-        for path in sorted(dataset.root.glob(pattern))
-    }
     splits = {
         split: _verify_split(dataset, split, expected, config.decode)
         for split, expected in config.images.items()
@@ -691,14 +694,14 @@ def verify(name: str, config: Block, output: Path) -> None:
         "classes": dataset.classes,
         "class_names": dataset.class_names,
         "splits": splits,
-        "lists": lists,
+        "lists": dataset.lists,
     }
     with replacing(output) as part:
         part.write_text(json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
 
 def _unverified(name: str, config: Block) -> Dataset:
-    """Return the dataset as the config describes it, after a look at its root and its number of classes."""
+    """Return the dataset as the config describes it, after a look at root, classes and lists."""
     if config.root is None:
         raise BadInput(f"datasets.{name}.root is not set; set it to the folder of the dataset")
     if not config.root.is_dir():
@@ -712,7 +715,12 @@ def _unverified(name: str, config: Block) -> Dataset:
             f"{config.root}: expected {config.classes:,} classes (datasets.{name}.classes), found "
             f"{len(class_names):,}; complete the dataset or correct the number"
         )
-    return Dataset(name, config.root, class_names, {split: {} for split in config.images})
+    lists = {
+        str(path.relative_to(config.root)): sha256(path)
+        for pattern in READERS[name].lists
+        for path in sorted(config.root.glob(pattern))
+    }
+    return Dataset(name, config.root, class_names, splits={split: {} for split in config.images}, lists=lists)
 
 
 def _verify_split(dataset: Dataset, split: str, expected: int, decoded: int) -> dict[str, Any]:
@@ -749,16 +757,29 @@ def _digest(listing: Listing) -> str:
 
 
 def _verified(dataset: Dataset, split: str) -> Listing:
-    """Read a split again and raise `BadInput` unless its names and labels are those in the manifest."""
+    """Read a split again; raise `BadInput` unless lists, names and labels are those of the manifest."""
     if split not in dataset.splits:
         raise BadInput(f"{dataset.name} has the splits {', '.join(dataset.splits)}; found {split!r}")
+    _check_lists(dataset)
     listing = READERS[dataset.name].read(dataset, split)
     if _digest(listing) != dataset.splits[split]["sha256"]:
-        raise BadInput(
-            f"{dataset.root}: the images or labels of {split} are not those that were verified; verify "
-            f"{dataset.name} again (delete its manifest)"
-        )
+        raise BadInput(_changed(dataset, dataset.root, f"the images or labels of {split}"))
     return listing
+
+
+def _check_lists(dataset: Dataset) -> None:
+    """Raise `BadInput` unless every list file is the one that was verified."""
+    for name, expected in dataset.lists.items():
+        path = dataset.root / name
+        if not path.is_file() or sha256(path) != expected:
+            raise BadInput(_changed(dataset, path, "the list"))
+
+
+def _changed(dataset: Dataset, path: Path, what: str) -> str:
+    return (
+        f"{path}: expected {what} as when {dataset.name} was verified, found a change; restore it, or delete "
+        "the manifest to verify the dataset again"
+    )
 
 
 def _inspect_all(paths: Paths, name: str, threads: int = 32, chunk: int = 1000) -> np.ndarray:
@@ -768,19 +789,16 @@ def _inspect_all(paths: Paths, name: str, threads: int = 32, chunk: int = 1000) 
     """
     Image.preinit()
     chunks = [paths[start : start + chunk] for start in range(0, len(paths), chunk)]
-    sizes: list[tuple[int, int]] = []
-    faults: list[str] = []
     with ThreadPoolExecutor(threads) as pool:
-        for some_sizes, some_faults in pool.map(_inspect_chunk, chunks):
-            sizes += some_sizes
-            faults += some_faults
+        inspected = list(pool.map(_inspect_chunk, chunks))
+    faults = [fault for _, some in inspected for fault in some]
     if faults:
         more = f" (and {len(faults) - 1:,} more of {len(paths):,} files)" if len(faults) > 1 else ""
         raise BadInput(f"{faults[0]}{more}; restore it from the archive of {name}")
-    return np.array(sizes, np.int64).reshape(-1, 2)
+    return np.concatenate([sizes for sizes, _ in inspected])
 
 
-def _inspect_chunk(paths: Paths) -> tuple[list[tuple[int, int]], list[str]]:
+def _inspect_chunk(paths: Paths) -> tuple[np.ndarray, list[str]]:
     sizes, faults = [], []
     for path in paths:
         try:
@@ -789,7 +807,7 @@ def _inspect_chunk(paths: Paths) -> tuple[list[tuple[int, int]], list[str]]:
             faults.append(f"{path}: no such file, though the lists name it{_how_to_make(path)}")
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
             faults.append(f"{path}: truncated or no image ({error})")
-    return sizes, faults
+    return np.array(sizes, np.int32).reshape(-1, 2), faults
 
 
 def _how_to_make(path: Path) -> str:
@@ -814,8 +832,8 @@ def _inspect(path: Path) -> tuple[int, int]:
 def _check_sizes(paths: Paths, found: np.ndarray, expected: np.ndarray, what: str) -> None:
     """Raise `BadInput` for an image that has not the expected size, nor has it once turned upright."""
     for index in np.flatnonzero((found != expected).any(axis=1)):
-        if decode(paths[index]).size != tuple(expected[index]):
-            (w, h), (width, height) = found[index], expected[index]
+        (w, h), (width, height) = found[index], expected[index]
+        if decode(paths[index]).size != (width, height):
             raise BadInput(
                 f"{paths[index]}: expected {width} × {height} pixels, the size of {what}, found {w} × {h}; "
                 "restore both from the archive"

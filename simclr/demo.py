@@ -104,11 +104,11 @@ def glyph(digit: np.ndarray, size: int, angle: float = 0.0) -> np.ndarray:
 def gradient(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
     """Return a gradient of two random colours in a random direction, `(height, width, 3)` in [0, 255]."""
     angle = rng.uniform(0, 2 * np.pi)
-    y, x = np.mgrid[0:height, 0:width]
-    along = np.cos(angle) * x / width + np.sin(angle) * y / height
+    x, y = (np.arange(length, dtype=np.float32) / length for length in (width, height))
+    along = np.cos(angle) * x + np.sin(angle) * y[:, None]
     along = (along - along.min()) / (along.max() - along.min())
-    start, end = rng.uniform(0, 255, (2, 3))
-    return (start + along[..., None] * (end - start)).astype(np.float32)
+    start, end = rng.uniform(0, 255, (2, 3)).astype(np.float32)
+    return start + along[..., None].astype(np.float32) * (end - start)
 
 
 def contrasting_colour(rng: np.random.Generator, background: np.ndarray, distance: float = 120) -> np.ndarray:
@@ -124,7 +124,7 @@ def paint(image: np.ndarray, opacity: np.ndarray, x: int, y: int, colour: np.nda
     """Paint `opacity` in `colour` on `image`, its top left corner at pixel (x, y)."""
     height, width = opacity.shape
     region = image[y : y + height, x : x + width]
-    region += opacity[..., None] * (colour - region)
+    region += opacity[..., None] * (colour.astype(np.float32) - region)
 
 
 def picture(rng: np.random.Generator, digit: np.ndarray, edge: int = 48) -> np.ndarray:
@@ -177,8 +177,7 @@ def imagenet(root: Path, digits: Digits, rng: np.random.Generator) -> None:
     # The published list of the validation images names them without a folder.
     _write_lines(root / "meta/val.txt", [f"{Path(name).name} {label}" for name, label, _ in val])
     for percent in (1, 10):
-        chosen = [i for i in range(len(train)) if i % 280 * percent // 100 != (i % 280 + 1) * percent // 100]
-        lines = [f"{train[i][0]} {train[i][1]}" for i in chosen]
+        lines = [f"{name} {label}" for name, label, _ in train[:: 100 // percent]]
         _write_lines(root / f"meta/train_{percent}percent.txt", lines)
 
 
@@ -455,6 +454,7 @@ def _save_mask(mask: np.ndarray, path: Path) -> None:
     image.save(path)
 
 
+@cache
 def voc_palette() -> np.ndarray:
     """Return VOC's colour map, `(256, 3)` uint8 (VOCdevkit, VOCcode/VOClabelcolormap.m)."""
     palette = np.zeros((256, 3), np.uint8)
