@@ -85,6 +85,12 @@ def records(name):
     return of_models
 
 
+def best_layer(wildcards):
+    """Return the record that knows the model's best layer; nothing where the SVMs do not run, or are not asked."""
+    wanted = CONFIG.benchmarks.voc07_lowshot.layer == "best" and "voc07_svm" in CONFIG.runs(wildcards.model)
+    return f"{CONFIG.output}/{wildcards.model}/voc07_svm.json" if wanted else []
+
+
 def gpus(wildcards):
     """Return the GPUs that pretraining the model takes; 0 is the CPU."""
     return CONFIG.models[wildcards.model].gpus

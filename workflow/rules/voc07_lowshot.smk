@@ -10,6 +10,7 @@ rule voc07_lowshot_record:
     input:
         train="<results>/{model}/features/voc2007-trainval",
         test="<results>/{model}/features/voc2007-test",
+        svm=best_layer,
     output:
         "<results>/{model}/voc07_lowshot.json",
     log:
@@ -24,6 +25,7 @@ rule voc07_lowshot_record:
         runtime=lambda wildcards, attempt: attempt * (10 + images("voc2007") // 20),
     params:
         config=benchmark_block("voc07_lowshot"),
+        svm=lambda wildcards, input: f"--svm {input.svm}" if input.svm else "",
     shell:
         "python -m simclr voc07_lowshot --model {wildcards.model} --train {input.train} --test {input.test}"
-        " --config {params.config:q} --output {output} > {log} 2>&1"
+        " {params.svm} --config {params.config:q} --output {output} > {log} 2>&1"

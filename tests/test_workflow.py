@@ -1,0 +1,285 @@
+"""The workflow: which jobs each target has, what an edit reruns, what is refused before any job.
+
+Snakemake is imported once and each call runs in a forked process, in a folder that links to the repository.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import yaml
+
+from simclr.__main__ import STEPS, _parser, find, read_block
+from simclr.benchmarks import BENCHMARKS, load
+
+ROOT = Path(__file__).parent.parent
+DEMO = ("--configfile", "config/demo.yaml")
+
+
+class Call(NamedTuple):
+    status: int
+    said: str
+
+    def jobs(self) -> dict[str, int]:
+        """Return rule → number of jobs, without the rules that only name targets."""
+        table = re.search(r"^Job stats:\n.*?\n(.*?)^total", self.said, re.M | re.S)
+        rows = (line.split() for line in table[1].splitlines() if re.search(r" \d+$", line)) if table else ()
+        return {rule: int(count) for rule, count in rows if rule not in (*BENCHMARKS, "all")}
+
+
+@pytest.fixture
+def clone(tmp_path) -> Path:
+    """A folder that looks like a fresh clone."""
+    return make_clone(tmp_path)
+
+
+def make_clone(folder: Path) -> Path:
+    for name in ("workflow", "simclr", "envs", "slurm"):
+        (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "config", folder / "config")
+    (folder / "results").mkdir()
+    shutil.copy(ROOT / "results/published.yaml", folder / "results")
+    return folder
+
+
+def snakemake(folder: Path, *arguments: str) -> Call:
+    """Run `snakemake` with these arguments in `folder`, in a fork of this process."""
+    import snakemake.cli
+
+    out = folder / "said.txt"
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            os.chdir(folder)
+            sys.stdout = sys.stderr = out.open("w", buffering=1)
+            os.dup2(sys.stdout.fileno(), 1)
+            os.dup2(sys.stdout.fileno(), 2)
+            sys.argv[1:] = arguments
+            snakemake.cli.main(list(arguments))
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    return Call(os.waitstatus_to_exitcode(status), out.read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Callable[[], Call]:
+    """A clone in which every job of the demo has been done, as far as Snakemake knows."""
+    folder = make_clone(tmp_path_factory.mktemp("finished"))
+    planned = snakemake(folder, "-n", "all", *DEMO)
+    assert planned.status == 0, planned.said
+    for line in re.findall(r"^    output: (.*)$", planned.said, re.M):
+        for output in map(Path, line.split(", ")):
+            path = folder / output
+            if "features" in output.parts:
+                path.mkdir(parents=True)
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+    assert snakemake(folder, "--touch", "--forceall", "all", *DEMO).status == 0
+    return folder
+
+
+def edited(folder: Path, change: Callable[[dict], None]) -> tuple[str, str]:
+    """Write config/demo.yaml, changed, and return the arguments that name it."""
+    content = yaml.safe_load((folder / "config/demo.yaml").read_text())
+    change(content)
+    file = folder / "config/edited.yaml"
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    return "--configfile", "config/edited.yaml"
+
+
+# ---------------------------------------------------------------- which jobs
+
+GOLDEN_DEMO = {
+    "demo": 1,
+    "dataset": 8,
+    "pretrain": 1,
+    "random_init": 1,
+    "convert_backbone": 4,
+    "features": 8,
+    **{f"{name}_record": 2 for name in BENCHMARKS},
+    "model_zoo_page": 1,
+}
+GOLDEN_ZOO = {
+    "dataset": 8,
+    "pretrain": 5,
+    "import_checkpoint": 1,
+    "random_init": 1,
+    "convert_backbone": 14,
+    "features": 22,  # both splits: of imagenet for seven models, of voc2007 for four
+    **{f"{name}_record": 4 for name in BENCHMARKS},
+    "imagenet_linear_record": 7,
+    "imagenet_knn_record": 7,
+    "model_zoo_page": 1,
+}
+
+
+def test_the_demo_has_these_jobs_and_their_commands_fit_the_steps(clone):
+    call = snakemake(clone, "-n", "-p", "all", *DEMO)
+    assert call.status == 0, call.said
+    assert call.jobs() == GOLDEN_DEMO
+    commands = re.findall(r"^Shell command: python -m simclr (.*?) > \S+ 2>&1$", call.said, re.M)
+    assert len(commands) == sum(GOLDEN_DEMO.values())
+    for step, *arguments in map(shlex.split, commands):
+        function = find(STEPS[step][0])
+        options = vars(_parser(step, function).parse_args(arguments))
+        if "config" in options:
+            annotation = function.__annotations__["config"]
+            read_block(options["config"], find(f"{function.__module__}:{annotation}"))
+
+
+@pytest.mark.parametrize("profile", [(), ("--profile", "slurm")], ids=["local", "slurm"])
+def test_the_zoo_has_these_jobs_from_the_default_config_without_any_data(clone, profile):
+    call = snakemake(clone, *profile, "-n", "all")
+    assert call.status == 0, call.said
+    assert call.jobs() == GOLDEN_ZOO
+
+
+def test_a_benchmark_is_a_target_by_name_and_by_record(clone):
+    named = snakemake(clone, "-n", "imagenet_knn", *DEMO)
+    assert named.jobs() == {
+        "demo": 1,
+        "dataset": 1,
+        "pretrain": 1,
+        "random_init": 1,
+        "features": 4,
+        "imagenet_knn_record": 2,
+    }
+    one = snakemake(clone, "-n", "results/demo/random_init/imagenet_knn.json", *DEMO)
+    assert one.jobs() == {"demo": 1, "dataset": 1, "random_init": 1, "features": 2, "imagenet_knn_record": 1}
+
+
+def test_the_default_config_is_not_merged_into_the_given_one(clone):
+    arguments = edited(clone, lambda content: content["models"].pop("random_init"))
+    assert snakemake(clone, "-n", "imagenet_knn", *arguments).jobs()["imagenet_knn_record"] == 1
+    call = snakemake(clone, "-n", "random_init_is_no_target", *arguments, "--config", "output=elsewhere")
+    assert call.status == 1
+    moved = snakemake(
+        clone, "-n", "elsewhere/simclr/imagenet_knn.json", *DEMO, "--config", "output=elsewhere"
+    )
+    assert moved.jobs()["imagenet_knn_record"] == 1
+
+
+# ---------------------------------------------------------------- what runs again
+
+
+def test_after_everything_is_done_nothing_is_to_be_done(finished):
+    assert "Nothing to be done" in snakemake(finished, "-n", "all", *DEMO).said
+
+
+@pytest.mark.parametrize("name", ["imagenet_knn", "voc0712_detection"])
+def test_editing_a_block_runs_that_benchmark_and_the_page_again(finished, name):
+    arguments = edited(finished, lambda content: content["benchmarks"][name].update(version=99))
+    assert snakemake(finished, "-n", "all", *arguments).jobs() == {f"{name}_record": 2, "model_zoo_page": 1}
+
+
+def test_more_gpus_and_edited_rules_and_environments_train_nothing_again(finished):
+    (finished / "workflow").unlink()
+    (finished / "envs").unlink()
+    shutil.copytree(ROOT / "workflow", finished / "workflow")
+    shutil.copytree(ROOT / "envs", finished / "envs")
+    for path in [*finished.glob("workflow/rules/*.smk"), *finished.glob("envs/*.yaml")]:
+        text = path.read_text().replace("python -m simclr", "python  -m simclr")
+        path.write_text(text.replace("dependencies:", "dependencies:\n  - make"))
+    arguments = edited(finished, lambda content: content["models"]["simclr"].update(gpus=2))
+    call = snakemake(finished, "-n", "all", *arguments)
+    assert set(call.jobs()) <= {"model_zoo_page"}, call.said
+
+
+def test_model_zoo_runs_nothing_but_the_page(finished):
+    (finished / "results/demo/simclr/imagenet_knn.json").unlink()
+    assert snakemake(finished, "-n", "model_zoo", *DEMO).jobs() == {"model_zoo": 1}
+
+
+def test_model_zoo_writes_the_page_from_no_record_at_all(clone):
+    done = snakemake(clone, "model_zoo", *DEMO)
+    assert done.status == 0, done.said
+    assert "The page: results/demo/model_zoo.md" in done.said
+    assert "no record yet (simclr, random_init)" in (clone / "results/demo/model_zoo.md").read_text()
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda c: c["benchmarks"].update(imagenet_kn={}), "unknown key; did you mean imagenet_knn?"),
+        (
+            lambda c: c["models"]["simclr"].update(gpus="two"),
+            "models.simclr.gpus: input should be",
+        ),
+        (lambda c: c["datasets"]["inat18"].pop("root"), "inat18_mhead needs datasets.inat18.root"),
+    ],
+)
+def test_a_bad_config_ends_before_any_job_with_one_sentence(clone, change, said):
+    call = snakemake(clone, "all", *edited(clone, change))
+    assert call.status == 1
+    assert f"config/edited.yaml: {said}" in call.said or said in call.said
+    assert "Traceback" not in call.said
+    assert "Job stats" not in call.said
+
+
+def test_a_benchmark_that_no_model_runs_says_so(clone):
+    call = snakemake(
+        clone, "-n", "imagenet_knn", *edited(clone, lambda c: c["benchmarks"].pop("imagenet_knn"))
+    )
+    assert call.status == 1
+    assert "no model runs imagenet_knn; add it under `benchmarks:`" in call.said
+
+
+def test_a_failing_step_shows_its_log_and_the_path_of_it(clone):
+    def foreign_folder(content):
+        content["demo_data"] = "mine"
+
+    (clone / "mine").mkdir()
+    (clone / "mine/thesis.txt").touch()
+    call = snakemake(clone, "mine/demo.json", *edited(clone, foreign_folder))
+    assert call.status == 1
+    assert "results/demo/datasets/demo.log" in call.said
+    assert "choose another folder for the miniature datasets" in call.said
+    assert (clone / "mine/thesis.txt").exists()
+
+
+def test_two_runs_at_once_in_one_folder_are_refused(clone):
+    first = subprocess.Popen(
+        [sys.executable, "-m", "snakemake", "demo", *DEMO],
+        cwd=clone,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        locks = clone / ".snakemake/locks"
+        deadline = time.monotonic() + 60
+        while not (locks.is_dir() and any(locks.iterdir())) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        second = snakemake(clone, "demo", *DEMO)
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    assert second.status == 1
+    assert "Directory cannot be locked" in second.said
+
+
+def test_every_benchmark_can_be_asked_for_by_name():
+    rules = "\n".join(path.read_text() for path in (ROOT / "workflow/rules").glob("*.smk"))
+    for name in BENCHMARKS:
+        assert f'records("{name}")' in rules, name
+        assert load(name).Config.dataset in rules
