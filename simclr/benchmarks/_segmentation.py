@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import io
 import json
 import math
@@ -24,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from simclr import BadInput
+from simclr import BadInput, datasets
 from simclr.distributed import process_group, rank, world_size
 from simclr.model import resnet
 from simclr.protocol import Metrics
@@ -48,7 +49,7 @@ with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
     from mmengine.runner import Runner
     from mmengine.runner.checkpoint import get_torch_safe_globals
     from mmseg.evaluation import IoUMetric
-    from mmseg.registry import METRICS
+    from mmseg.registry import DATASETS, METRICS
 
 SHEET_IMAGES = 4  # rows of the sheet of predictions
 
@@ -62,11 +63,12 @@ def evaluate(backbone: Backbone, dataset: Dataset, config: Config, work: Path) -
     dataset does not fit the protocol or the loss is not finite.
     """
     with process_group() as device:
-        folder = Path(work) / fingerprint(backbone, dataset, config)
+        inputs = inputs_of(backbone, dataset, config)
+        folder = Path(work) / fingerprint(inputs)
         base = settings(config, backbone.architecture, dataset, folder, device.type)
         check_dataset(base, dataset)
         if rank() == 0:
-            describe(folder, backbone, dataset, config)
+            describe(folder, inputs, base)
         checkpoint = train(base, backbone, config.iterations, folder)
         areas, sheet = test(base, checkpoint, folder)
     if areas["images"] != dataset.images["val"]:
@@ -86,18 +88,19 @@ def evaluate(backbone: Backbone, dataset: Dataset, config: Config, work: Path) -
 # ---------------------------------------------------------------- the folder of a run
 
 
-def fingerprint(backbone: Backbone, dataset: Dataset, config: Config) -> str:
-    """Return 16 hexadecimal digits that name the run: all that its result depends on."""
-    return hashlib.sha256(json.dumps(_inputs(backbone, dataset, config)).encode()).hexdigest()[:16]
+def fingerprint(inputs: dict[str, Any]) -> str:
+    """Return 16 hexadecimal digits that stand for `inputs`."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def describe(folder: Path, backbone: Backbone, dataset: Dataset, config: Config) -> None:
-    """Write `run.json` into `folder`: which backbone, dataset and config its fingerprint stands for."""
+def describe(folder: Path, inputs: dict[str, Any], base: Settings) -> None:
+    """Write `run.json` into `folder`: what its name stands for, and MMSegmentation's config as it is run."""
     with replacing(folder / "run.json") as part:
-        part.write_text(json.dumps(_inputs(backbone, dataset, config), indent=1) + "\n")
+        part.write_text(json.dumps({**inputs, "mmsegmentation": base.to_dict()}, indent=1) + "\n")
 
 
-def _inputs(backbone: Backbone, dataset: Dataset, config: Config) -> dict[str, Any]:
+def inputs_of(backbone: Backbone, dataset: Dataset, config: Config) -> dict[str, Any]:
+    """Return all that the result of a run depends on, as JSON values."""
     return {
         "checkpoint_sha256": backbone.checkpoint_sha256,
         "dataset": dataset.dataset.model_dump(),
@@ -226,11 +229,14 @@ def _set_schedule(base: Settings, config: Config) -> None:
 
 
 def check_dataset(base: Settings, dataset: Dataset) -> None:
-    """Raise `BadInput` unless `dataset` has the classes of the protocol."""
-    classes = base.model.decode_head.num_classes
-    if dataset.classes != classes:
+    """Raise `BadInput` unless `dataset` is as it was verified and has MMSegmentation's classes in order."""
+    for split in dataset.images:
+        datasets.segmentation(dataset, split)
+    expected = list(DATASETS.get(base.test_dataloader.dataset.type).METAINFO["classes"])
+    if dataset.class_names != expected:
         raise BadInput(
-            f"datasets.{dataset.name}.classes: this benchmark has {classes} classes, found {dataset.classes}"
+            f"{dataset.name}: expected the {len(expected)} classes {', '.join(expected)}; found "
+            f"{', '.join(dataset.class_names)}"
         )
 
 
@@ -254,9 +260,19 @@ def train(base: Settings, backbone: Backbone, iterations: int, folder: Path) -> 
 
 
 def _runner(base: Settings, **changes: Any) -> Runner:
-    """Return a runner of `base` with `changes`, under a name that no other runner of the process has."""
-    name = f"{Path(base.work_dir).name}-{time.time_ns()}"
-    return Runner.from_cfg(Settings({**base, **changes, "experiment_name": name}))
+    """Return a runner of `base` with `changes`, under a name that no other runner of the process has.
+
+    It is told nothing but its arguments: given the whole config, MMEngine formats it as source code for every
+    checkpoint, which takes seconds, and executes that source when it resumes.
+    """
+    name = f"segmentation-{time.time_ns()}"
+    options = {**base, **changes, "experiment_name": name, "visualizer": {**base.visualizer, "name": name}}
+    known = inspect.signature(Runner).parameters.keys() - {"cfg"}
+    wrapper = {key: options[key] for key in ("model_wrapper_cfg",) if key in options}
+    with warnings.catch_warnings():
+        # The protocol's loss is the mean over all pixels, the ignored ones included.
+        warnings.filterwarnings("ignore", message="Default ``avg_non_ignore`` is False")
+        return Runner(**{key: value for key, value in options.items() if key in known}, cfg=wrapper)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -307,7 +323,7 @@ class StopUnlessFinite(Hook):
     def after_train_iter(
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Tensor] | None = None
     ) -> None:
-        loss = float(outputs["loss"])
+        loss = float(outputs["loss"].detach())
         if not math.isfinite(loss):
             raise BadInput(
                 f"the loss is {loss} in iteration {batch_idx + 1}; expected a finite number; lower the "
@@ -337,6 +353,17 @@ def test(base: Settings, checkpoint: Path, folder: Path) -> tuple[dict[str, Any]
 @METRICS.register_module()
 class AreaMetric(IoUMetric):
     """MMSegmentation's areas per class, added up as integers and neither divided nor rounded."""
+
+    default_prefix = ""
+
+    def process(self, data_batch: dict[str, Any], data_samples: list[dict[str, Any]]) -> None:
+        """Add the areas of some images; raises `BadInput` for a label that is neither a class nor 255."""
+        for sample in data_samples:
+            labels = sample["gt_sem_seg"]["data"]
+            wrong = labels[(labels >= len(self.dataset_meta["classes"])) & (labels != self.ignore_index)]
+            if len(wrong):
+                raise BadInput(f"{sample['seg_map_path']}: label {int(wrong[0])} is no class of this dataset")
+        super().process(data_batch, data_samples)
 
     def compute_metrics(self, results: list[tuple[Tensor, ...]]) -> dict[str, Any]:
         """Return `intersection`, `union`, `prediction` and `truth` in pixels per class, and `images`."""

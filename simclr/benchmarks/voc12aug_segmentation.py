@@ -62,7 +62,7 @@ class Config(Protocol):
         0.75,
         gt=0,
         le=1,
-        description="A crop is drawn again, at most 10 times, if one class fills more of its labelled pixels.",
+        description="A crop is drawn again, up to 10 times, if one class fills more of its labelled pixels.",
     )
     flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
     contract_dilation: bool = Field(True, description="First block of a dilated stage: half the dilation.")

@@ -1,0 +1,147 @@
+"""VOC12 + Aug: MMSegmentation is told every number of the published protocol."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mmengine.optim import PolyLR
+from mmengine.structures import PixelData
+from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
+
+from simclr.benchmarks import _segmentation
+from simclr.benchmarks.voc12aug_segmentation import Config
+from simclr.checkpoint import layout
+from simclr.model import resnet
+
+
+@pytest.fixture
+def built(dataset, tmp_path):
+    return _segmentation.settings(Config(), "resnet50", dataset("voc12aug"), tmp_path, "cpu")
+
+
+def test_model(built):
+    model = built.model
+    assert model.pretrained is None
+    backbone = model.backbone
+    assert (backbone.type, backbone.depth, backbone.style) == ("ResNet", 50, "pytorch")
+    assert backbone.strides == (1, 2, 1, 1)
+    assert backbone.dilations == (1, 1, 2, 4)
+    assert backbone.contract_dilation is True
+    assert backbone.norm_eval is False
+    assert "frozen_stages" not in backbone
+    decode, auxiliary = model.decode_head, model.auxiliary_head
+    assert (decode.in_index, decode.in_channels, decode.channels) == (3, 2048, 512)
+    assert (decode.num_convs, decode.concat_input, decode.dropout_ratio) == (2, True, 0.1)
+    assert (auxiliary.in_index, auxiliary.in_channels, auxiliary.channels) == (2, 1024, 256)
+    assert (auxiliary.num_convs, auxiliary.concat_input, auxiliary.dropout_ratio) == (1, False, 0.1)
+    assert decode.num_classes == auxiliary.num_classes == 21
+    assert decode.align_corners is auxiliary.align_corners is False
+    assert (decode.loss_decode.loss_weight, auxiliary.loss_decode.loss_weight) == (1.0, 0.4)
+    assert not decode.loss_decode.use_sigmoid
+    assert "class_weight" not in decode.loss_decode
+    assert model.test_cfg == {"mode": "whole"}
+
+
+def test_norm_is_synchronised_over_gpus(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(_segmentation, "world_size", lambda: 4)
+    built = _segmentation.settings(Config(), "resnet50", dataset("voc12aug"), tmp_path, "cuda")
+    parts = (built.model.backbone, built.model.decode_head, built.model.auxiliary_head)
+    assert [part.norm_cfg.type for part in parts] == ["SyncBN"] * 3
+    assert built.train_dataloader.batch_size == 4
+    assert built.launcher == "pytorch"
+
+
+def test_data(built, dataset):
+    root = dataset("voc12aug").root / "VOC2012"
+    train, aug = built.train_dataloader.dataset.datasets
+    lists = [
+        (part.ann_file, part.data_prefix.img_path, part.data_prefix.seg_map_path)
+        for part in (train, aug, built.test_dataloader.dataset)
+    ]
+    assert lists == [
+        ("ImageSets/Segmentation/train.txt", "JPEGImages", "SegmentationClass"),
+        ("ImageSets/Segmentation/aug.txt", "JPEGImages", "SegmentationClassAug"),
+        ("ImageSets/Segmentation/val.txt", "JPEGImages", "SegmentationClass"),
+    ]
+    assert {part.data_root for part in (train, aug, built.test_dataloader.dataset)} == {str(root)}
+    assert train.pipeline == aug.pipeline
+    assert [dict(step) for step in train.pipeline] == [
+        {"type": "LoadImageFromFile"},
+        {"type": "LoadAnnotations"},
+        {"type": "RandomResize", "scale": (2048, 512), "ratio_range": (0.5, 2.0), "keep_ratio": True},
+        {"type": "RandomCrop", "crop_size": (512, 512), "cat_max_ratio": 0.75},
+        {"type": "RandomFlip", "prob": 0.5},
+        {"type": "PhotoMetricDistortion"},
+        {"type": "PackSegInputs"},
+    ]
+    assert [dict(step) for step in built.test_dataloader.dataset.pipeline] == [
+        {"type": "LoadImageFromFile"},
+        {"type": "Resize", "scale": (2048, 512), "keep_ratio": True},
+        {"type": "LoadAnnotations"},
+        {"type": "PackSegInputs"},
+    ]
+    assert built.train_dataloader.batch_size == 16
+
+
+def test_small_crops_are_padded_after_normalisation(built):
+    process = MODELS.build(built.model.data_preprocessor)
+    sample = SegDataSample(gt_sem_seg=PixelData(data=torch.zeros((1, 4, 4), dtype=torch.long)))
+    sample.set_metainfo({"img_shape": (4, 4)})
+    pixels = torch.full((3, 4, 4), 200, dtype=torch.uint8)
+    batch = process({"inputs": [pixels], "data_samples": [sample]}, training=True)
+    (image,), (truth,) = batch["inputs"], batch["data_samples"]
+    assert image.shape == (3, 512, 512)
+    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
+    torch.testing.assert_close(image[:, 0, 0], (200 - mean) / std)
+    assert (image[:, 4:] == 0).all()
+    assert (truth.gt_sem_seg.data[:, 4:] == 255).all()
+
+
+def test_schedule(built):
+    assert (built.train_cfg.type, built.train_cfg.max_iters) == ("IterBasedTrainLoop", 20_000)
+    optimizer = built.optim_wrapper.optimizer
+    assert dict(optimizer) == {"type": "SGD", "lr": 0.01, "momentum": 0.9, "weight_decay": 5e-4}
+    assert built.optim_wrapper.type == "OptimWrapper"
+    assert not built.optim_wrapper.get("clip_grad")
+    assert "paramwise_cfg" not in built.optim_wrapper  # decay on BatchNorm and biases, one rate for all
+    assert len(built.param_scheduler) == 1  # no warm-up
+    assert built.default_hooks.checkpoint.max_keep_ckpts == 2
+    assert built.val_cfg is None
+
+
+def test_learning_rate_follows_the_poly_policy(dataset, tmp_path):
+    config = Config(iterations=50)
+    built = _segmentation.settings(config, "resnet50", dataset("voc12aug"), tmp_path, "cpu")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
+    options = {key: value for key, value in built.param_scheduler[0].items() if key != "type"}
+    scheduler = PolyLR(optimizer, **options)
+    for t in range(50):
+        expected = (0.01 - 1e-4) * (1 - t / 50) ** 0.9 + 1e-4
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected, rel=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_the_network_is_the_simclr_backbone(built):
+    """Names and shapes of ResNet-50 are those of the backbone file, so that loading is exact."""
+    with torch.device("meta"):
+        found = MODELS.build(built.model.backbone).state_dict()
+    expected = layout("resnet50")
+    assert {key: value.shape for key, value in found.items()} == {
+        key: value.shape for key, value in expected.items()
+    }
+
+
+def test_undilated_stages_compute_what_the_backbone_does(dataset, tmp_path):
+    architecture = "resnet18_w0.125"
+    built = _segmentation.settings(Config(), architecture, dataset("voc12aug"), tmp_path, "cpu")
+    network, ours = MODELS.build(built.model.backbone), resnet(architecture).eval()
+    network.load_state_dict(ours.state_dict(), strict=True)
+    network.eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        stages, features = network(images), ours.forward_features(images)
+    torch.testing.assert_close(stages[0], features["feature2"])
+    torch.testing.assert_close(stages[1], features["feature3"])
+    assert [tuple(stage.shape[1:]) for stage in stages] == [(8, 16, 16), (16, 8, 8), (32, 8, 8), (64, 8, 8)]
