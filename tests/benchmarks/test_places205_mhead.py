@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from simclr.benchmarks import imagenet_mhead, places205_mhead
+
+
+def test_what_differs_from_imagenet():
+    ours, imagenet = (module.Config().model_dump() for module in (places205_mhead, imagenet_mhead))
+    assert {key: value for key, value in ours.items() if value != imagenet[key]} == {
+        "crop": "shifted",
+        "jitter": 0,
+        "lighting": 0,
+        "epochs": 28,
+        "milestones": (7, 14, 21),
+    }
+    assert places205_mhead.Config.dataset == "places205"
+
+
+def test_the_miniature_runs(dataset, small_backbone, tmp_path):
+    config = places205_mhead.Config(image_size=32, resize=36, pooling="adaptive", epochs=1, lr=0.05)
+    metrics = places205_mhead.evaluate(small_backbone, dataset("places205"), config, tmp_path)
+    assert set(places205_mhead.COLUMNS) <= set(metrics)
+    assert all(0 <= value <= 100 for value in metrics.values())
