@@ -85,6 +85,15 @@ def test_extraction_is_one_image_at_a_time(transform, batch_size, backbone, data
     np.testing.assert_array_equal(found.labels, samples(dataset, "train").labels)
 
 
+def test_worker_processes_change_nothing(backbone, dataset, tmp_path, monkeypatch):
+    config = FeatureSet(**SMALL, layers=["avgpool"], batch_size=2)
+    for workers in (0, 2):
+        monkeypatch.setattr(features, "_workers", lambda workers=workers: workers)
+        extract(backbone, dataset, "train", config, tmp_path / f"f{workers}")
+    one, two = ((tmp_path / f"f{workers}" / "avgpool.npy").read_bytes() for workers in (0, 2))
+    assert one == two
+
+
 def test_the_published_dimensions():
     dims = features._dims(resnet("resnet50").eval(), FeatureSet())
     assert dims == dict(zip(LAYERS, (9216, 9216, 8192, 9216, 8192, 2048), strict=True))
@@ -171,6 +180,17 @@ def test_every_row_is_written_once(index, message, backbone, dataset, tmp_path, 
     assert not (tmp_path / "f").exists()
 
 
+def test_rows_are_written_by_sample_index(backbone, dataset, tmp_path, monkeypatch):
+    config = FeatureSet(**SMALL, layers=["avgpool"], batch_size=3)
+    batches = features._batches
+    monkeypatch.setattr(features, "_batches", lambda *arguments: reversed(list(batches(*arguments))))
+    extract(backbone, dataset, "train", config, tmp_path / "f")
+    expected = one_by_one(backbone, dataset, config)["avgpool"]
+    np.testing.assert_allclose(
+        Features.open(tmp_path / "f").layers["avgpool"], expected, rtol=1e-4, atol=1e-3
+    )
+
+
 def test_a_disk_that_is_too_small_is_seen_before(backbone, dataset, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10_000))
@@ -193,6 +213,18 @@ def test_only_features_are_replaced(backbone, dataset, tmp_path):
     assert "thesis.tex" in refusal(backbone, dataset, "train", config, output)
     assert (output / "thesis.tex").exists()
     assert "found a file" in refusal(backbone, dataset, "train", config, output / "thesis.tex")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_truncated_image_is_named(workers, backbone, dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "_workers", lambda: workers)
+    path = samples(dataset, "val").paths[1]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    message = refusal(backbone, dataset, "val", CONFIG, tmp_path / "f")
+    path.write_bytes(whole)
+    assert message.startswith(f"{path}: cannot be decoded")
+    assert not (tmp_path / "f").exists()
 
 
 def test_an_unknown_split_is_refused(backbone, dataset, tmp_path):
