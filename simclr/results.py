@@ -52,7 +52,7 @@ class Record(Closed):
 def write(record: Record, path: Path) -> None:
     """Write `record` as JSON, whole or not at all. Raises `BadInput` for a value that JSON cannot hold."""
     try:
-        text = json.dumps(record.model_dump(mode="json"), indent=1, sort_keys=True, allow_nan=False)
+        text = json.dumps(record.model_dump(), indent=1, sort_keys=True, allow_nan=False)
     except ValueError as error:
         raise BadInput(f"{path}: a record holds finite numbers only, but {error}") from error
     with replacing(path) as part:

@@ -105,8 +105,8 @@ def test_a_features_block_keeps_what_it_does_not_set():
 
 
 def test_a_block_says_what_the_file_says_and_its_version():
-    whole = parse(Config, content(models={"a": {"pretrain": {"epochs": 3}}}), "-")
-    assert whole.block("models", "a", "pretrain") == {"version": 1, "epochs": 3}
+    whole = parse(Config, content(models={"a": {"pretrain": {"epochs": 30}}}), "-")
+    assert whole.block("models", "a", "pretrain") == {"version": 1, "epochs": 30}
     assert whole.block("benchmarks", "imagenet_knn") == {"version": 1}
     json.dumps(whole.block("models", "a", "pretrain"))
 

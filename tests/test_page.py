@@ -1,0 +1,290 @@
+"""The page: what it says of records, of what is missing, of published rows; the same bytes every time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from simclr import BadInput, model_zoo, results
+from simclr.benchmarks import BENCHMARKS, load
+from simclr.config import Config, parse
+
+ROOT = Path(__file__).parent.parent
+PUBLISHED = ROOT / "results/published.yaml"
+ZOO = "resnet50_8xb32-coslr-200e"
+
+
+def a_config(*models: str, **benchmarks: dict) -> Config:
+    chosen = benchmarks or {name: {} for name in BENCHMARKS}
+    datasets = {load(name).Config.dataset: {"root": "data"} for name in chosen} | {
+        "imagenet": {"root": "data"}
+    }
+    sources = {name: {"pretrain": {}} if name == ZOO else {"random_init": {}} for name in models}
+    return parse(Config, {"datasets": datasets, "models": sources, "benchmarks": chosen}, "-")
+
+
+def a_record(model: str, name: str, metrics: dict[str, float], **changes) -> results.Record:
+    values = {
+        "benchmark": name,
+        "protocol_version": 1,
+        "model": model,
+        "metrics": metrics,
+        "config": load(name).Config().model_dump(mode="json"),
+        "checkpoint_sha256": "ab" * 32,
+        "dataset": {"name": load(name).Config.dataset, "manifest_sha256": "cd" * 32},
+        "software": {"commit": "0123456789abcdef" * 2 + "01234567"},
+        "hardware": {"cores": 2, "gpus": []},
+        "seconds": 12.3,
+    }
+    return results.Record.model_validate(values | changes)
+
+
+def written(folder: Path, *records: results.Record) -> list[Path]:
+    paths = [folder / record.model / f"{record.benchmark}.json" for record in records]
+    for path, record in zip(paths, records, strict=True):
+        results.write(record, path)
+    return paths
+
+
+def made(folder: Path, config: Config, *records: results.Record, published: Path = PUBLISHED) -> str:
+    model_zoo.model_zoo(written(folder, *records), config, published, folder / "model_zoo.md")
+    return (folder / "model_zoo.md").read_text()
+
+
+def section(page: str, heading: str) -> str:
+    return page.split(f"## {heading}\n")[1].split("\n## ")[0]
+
+
+KNN = {"k10": 47.8, "k20": 48.4, "k100": 46.7, "k200": 45.2}
+HEADINGS = [
+    "Models",
+    "VOC SVM / Low-shot SVM",
+    "ImageNet Linear Evaluation",
+    "Places205 Linear Evaluation",
+    "iNaturalist2018 Linear Evaluation",
+    "ImageNet Nearest-Neighbor Classification",
+    "ImageNet Semi-Supervised Classification",
+    "Pascal VOC07+12 Detection",
+    "COCO2017 Detection and Instance Segmentation",
+    "Pascal VOC12 + Aug Segmentation",
+    "Cityscapes Segmentation",
+    "Provenance",
+]
+
+
+def test_sections_and_columns_are_those_of_the_published_page(tmp_path):
+    page = made(tmp_path, a_config("random_init"))
+    assert [line[3:] for line in page.splitlines() if line.startswith("## ")] == HEADINGS
+    svm = section(page, "VOC SVM / Low-shot SVM").splitlines()[1]
+    shots = " | ".join(f"k={k}" for k in (1, 2, 4, 8, 16, 32, 64, 96))
+    assert svm == f"| Model | Best Layer | SVM | {shots} |"
+    linear = section(page, "ImageNet Linear Evaluation").splitlines()[1]
+    assert linear == "| Model | Feature1 | Feature2 | Feature3 | Feature4 | Feature5 | AvgPool |"
+    assert "| Model | AP50 | AP | AP75 |" in page
+    assert "| Model | mAP(Box) | AP50(Box) | AP75(Box) | mAP(Mask) | AP50(Mask) | AP75(Mask) |" in page
+
+
+def test_one_row_per_model_in_the_order_of_the_config_with_spread(tmp_path):
+    config = a_config("zebra", "ant", voc07_svm={}, voc07_lowshot={})
+    spread = {"k1": results.Spread(std=1.234, trials=5)}
+    page = made(
+        tmp_path,
+        config,
+        a_record("ant", "voc07_svm", {"best_layer": 5, "svm": 79.98}),
+        a_record("ant", "voc07_lowshot", {"k1": 35.02}, spread=spread),
+        a_record("zebra", "voc07_svm", {"best_layer": 2, "svm": 30.0}),
+    )
+    rows = [line for line in section(page, HEADINGS[1]).splitlines() if line.startswith("|")][2:]
+    assert rows[0] == "| zebra | feature2 | 30.00 | – | – | – | – | – | – | – | – |"
+    assert rows[1] == "| ant | feature5 | 79.98 | 35.02 ± 1.23 | – | – | – | – | – | – | – |"
+    assert "± over 5 trials" in page
+    assert "voc07_lowshot: no record yet (zebra)" in page
+    assert "voc07_lowshot: the record has no k2, k4, k8, k16, k32, k64, k96 (ant)" in page
+
+
+def test_a_dash_says_why(tmp_path):
+    config = parse(
+        Config,
+        {
+            "datasets": {"imagenet": {"root": "data"}},
+            "models": {"a": {"random_init": {}, "benchmarks": ["imagenet_knn"]}, "b": {"random_init": {}}},
+            "benchmarks": {"imagenet_knn": {}, "imagenet_linear": {}},
+        },
+        "-",
+    )
+    page = made(tmp_path, config)
+    assert "imagenet_linear: not among the model's `benchmarks:` (a)" in page
+    assert "imagenet_linear: no record yet (b)" in page
+    assert "imagenet_mhead: the config leaves it out (a, b)" in page
+    tables = "\n".join(line for line in page.splitlines() if line.startswith("|"))
+    assert " 0.00 " not in tables
+
+
+def test_published_rows_stand_beside_the_model_of_that_name_alone(tmp_path):
+    record = a_record(ZOO, "imagenet_knn", KNN | {"k10": 48.8})
+    page = section(made(tmp_path, a_config(ZOO, "other"), record), HEADINGS[5])
+    rows = [line for line in page.splitlines() if line.startswith("|")][2:]
+    assert rows[0] == f"| {ZOO} | 48.80 | 48.40 | 46.70 | 45.20 |"
+    published = ("47.80 (+1.00)", "48.40 (+0.00)", "46.70 (+0.00)", "45.20 (+0.00)")
+    assert rows[1] == r"| *published \[1\]* | " + " | ".join(f"*{value}*" for value in published) + " |"
+    assert rows[2].startswith("| other |")
+    assert "weights not stated; 20220225-97d2abef or older; not like for like: " in page
+    assert "mmselfsup v0.11.0" in page
+
+
+def test_a_published_row_needs_the_same_backbone_and_no_record(tmp_path):
+    page = made(tmp_path, a_config("random_init"))
+    assert "*30.54*" in section(page, HEADINGS[1])
+    small = parse(
+        Config,
+        {
+            "datasets": {"voc2007": {"root": "data"}},
+            "models": {"random_init": {"random_init": {"architecture": "resnet18_w0.25"}}},
+            "benchmarks": {"voc07_svm": {}},
+        },
+        "-",
+    )
+    assert "published [" not in made(tmp_path, small).replace("\\", "")
+
+
+def test_protocols_are_never_mixed_silently(tmp_path):
+    theirs = load("imagenet_knn").Config().model_dump(mode="json")
+    other = theirs | {"temperature": 0.1}
+    page = made(
+        tmp_path,
+        a_config("a", "b", imagenet_knn={}),
+        a_record("a", "imagenet_knn", KNN),
+        a_record("b", "imagenet_knn", KNN, config=other),
+    )
+    notes = section(page, HEADINGS[5])
+    assert "imagenet_knn (a; not comparable with the others): protocol version 1; as published" in notes
+    assert (
+        "imagenet_knn (b; not comparable with the others): protocol version 1; differs from the published "
+        in notes
+    )
+    assert "temperature = 0.1 (published 0.07)" in notes
+
+
+def test_the_engine_is_named(tmp_path):
+    record = a_record(
+        "a", "voc0712_detection", {"ap50": 1, "ap": 2, "ap75": 3}, details={"engine": "torchvision"}
+    )
+    assert "engine torchvision" in made(tmp_path, a_config("a", voc0712_detection={}), record)
+
+
+def test_other_data_than_the_published_is_said_first(tmp_path):
+    config = parse(
+        Config,
+        {
+            "datasets": {"imagenet": {"root": "data", "classes": 10, "images": {"train": 28, "val": 4}}},
+            "features": {"imagenet": {"crop": 48, "pooling": "adaptive"}},
+            "models": {"a": {"random_init": {}}},
+            "benchmarks": {"imagenet_knn": {}},
+        },
+        "-",
+    )
+    page = made(tmp_path, config)
+    assert page.index("not the published datasets") < page.index("## Models")
+    assert "imagenet: classes = 10 (published 1000), images.train = 28 (published 1281167)" in page
+    assert "features of imagenet: crop = 48 (published 224)" in page
+    assert "not the published datasets" not in made(tmp_path, a_config("a", imagenet_knn={}))
+
+
+def test_the_page_is_the_same_bytes_and_holds_no_place_or_time(tmp_path):
+    record = a_record("a", "imagenet_knn", KNN)
+    pages = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        (folder / "a").mkdir()
+        (folder / "a/pretrain.png").write_bytes(b"\x89PNG")
+        made(folder, a_config("a", imagenet_knn={}), record)
+        pages.append([(folder / name).read_bytes() for name in ("model_zoo.md", "model_zoo.html")])
+    assert pages[0] == pages[1]
+    assert str(tmp_path).encode() not in pages[0][0] + pages[0][1]
+    assert b"![Pretraining of a](a/pretrain.png)" in pages[0][0]
+    assert b'src="data:image/png;base64,' in pages[0][1]
+
+
+def test_provenance_links_every_record(tmp_path):
+    page = made(
+        tmp_path,
+        a_config("a", imagenet_knn={}, imagenet_linear={}),
+        a_record("a", "imagenet_knn", KNN),
+        a_record("a", "imagenet_linear", {"avgpool": 1.0}, checkpoint_sha256="ef" * 32),
+    )
+    notes = section(page, "Provenance")
+    stamps = "abababababab | imagenet cdcdcdcdcdcd | 0123456789ab | 2 cores | 12"
+    assert f"| a | [imagenet_knn](a/imagenet_knn.json) | {stamps} |" in notes
+    assert "its records come from 2 different checkpoints" in notes
+
+
+def test_what_a_name_holds_cannot_break_the_page(tmp_path):
+    published = tmp_path / "published.yaml"
+    entry = yaml.safe_load(PUBLISHED.read_text())[0] | {
+        "model": "a",
+        "note": "a | b <script>alert(1)</script>\n[x](y)",
+        "values": {"imagenet_knn": {"k10": 1.0}},
+    }
+    published.write_text(yaml.safe_dump([entry]))
+    page = made(tmp_path, a_config("a", imagenet_knn={}), published=published)
+    html = (tmp_path / "model_zoo.html").read_text()
+    for text in (page, html):
+        assert "<script>" not in text
+        assert "&lt;script&gt;" in text
+    assert r"a \| b" in page
+    assert "[x](y)" not in page
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def refuse(folder: Path, config: Config, *paths: Path) -> str:
+    with pytest.raises(BadInput) as error:
+        model_zoo.model_zoo(list(paths), config, PUBLISHED, folder / "model_zoo.md")
+    assert not (folder / "model_zoo.md").exists()
+    return str(error.value)
+
+
+def test_a_record_with_nan_or_of_another_schema_is_refused(tmp_path):
+    (path,) = written(tmp_path, a_record("a", "imagenet_knn", KNN))
+    text = path.read_text()
+    path.write_text(text.replace("47.8", "NaN"))
+    assert "metrics.k10: Input should be a finite number" in refuse(tmp_path, a_config("a"), path)
+    path.write_text(text.replace('"schema_version": 1', '"schema_version": 2'))
+    assert "schema_version" in refuse(tmp_path, a_config("a"), path)
+    path.write_text(text[:40])
+    assert "not a valid record" in refuse(tmp_path, a_config("a"), path)
+    assert "no such record" in refuse(tmp_path, a_config("a"), tmp_path / "a/voc07_svm.json")
+
+
+def test_a_record_in_the_wrong_place_or_of_no_model_is_refused(tmp_path):
+    (path,) = written(tmp_path, a_record("a", "imagenet_knn", KNN))
+    assert "is not in the config" in refuse(tmp_path, a_config("b"), path)
+    assert "a second record" in refuse(tmp_path, a_config("a"), path, path)
+    moved = path.rename(path.with_name("imagenet_linear.json"))
+    assert "found that of a and imagenet_knn" in refuse(tmp_path, a_config("a"), moved)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"values": {"imagenet_knn": {"k11": 1.0}}}, "0: Value error, imagenet_knn has no column k11"),
+        ({"values": {"imagenet_kn": {"k10": 1.0}}}, "imagenet_kn"),
+        ({"like_for_like": "perhaps"}, "0.like_for_like"),
+        ({"sorce": "?"}, "0.sorce"),
+    ],
+)
+def test_a_wrong_published_row_is_named(tmp_path, change, said):
+    entry = yaml.safe_load(PUBLISHED.read_text())[0] | change
+    path = tmp_path / "published.yaml"
+    path.write_text(yaml.safe_dump([entry]))
+    with pytest.raises(BadInput) as error:
+        model_zoo.read_published(path)
+    assert said in str(error.value)
+
+
+def test_the_published_rows_are_of_models_of_the_zoo():
+    zoo = yaml.safe_load((ROOT / "config/config.yaml").read_text())["models"]
+    assert {reference.model for reference in model_zoo.read_published(PUBLISHED)} <= set(zoo)
