@@ -49,7 +49,7 @@ class Config(Protocol):
     lr: float = Field(0.01, gt=0, description="Of SGD, for backbone and heads alike; no warm-up.")
     lr_floor: float = Field(1e-4, ge=0, description="Learning rate at the end: min_lr of the poly policy.")
     power: float = Field(0.9, gt=0, description="Of the poly policy: (1 - t / iterations) ** power.")
-    momentum: float = Field(0.9, ge=0, lt=1)
+    momentum: float = Field(0.9, ge=0, lt=1, description="Of SGD (MMSelfSup schedule_20k.py).")
     weight_decay: float = Field(5e-4, ge=0, description="On all parameters, BatchNorm and biases included.")
     resize: tuple[int, int] = Field(
         (2048, 512),
