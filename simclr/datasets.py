@@ -422,9 +422,13 @@ def _coco_file(root: Path, split: str) -> Path:
 
 def _read_json(path: Path, name: str) -> dict[str, Any]:
     try:
-        return json.loads(_need(path, name).read_bytes())
+        content = json.loads(_need(path, name).read_bytes())
     except ValueError as error:
         raise BadInput(f"{path}: not valid JSON ({error}); unpack it again") from error
+    keys = ("images", "annotations", "categories")
+    if not isinstance(content, dict) or not set(keys) <= content.keys():
+        raise BadInput(f"{path}: expected the keys {', '.join(keys)}; unpack that of {name}")
+    return content
 
 
 def _coco_categories(root: Path) -> list[dict[str, Any]]:
@@ -806,7 +810,7 @@ def _inspect_chunk(paths: Paths) -> tuple[np.ndarray, list[str]]:
         except FileNotFoundError:
             faults.append(f"{path}: no such file, though the lists name it{_how_to_make(path)}")
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            faults.append(f"{path}: truncated or no image ({error})")
+            faults.append(f"{path}: cannot be read as an image ({error})")
     return np.array(sizes, np.int32).reshape(-1, 2), faults
 
 

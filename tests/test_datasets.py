@@ -316,7 +316,7 @@ def test_a_truncated_jpeg_even_outside_the_decoded_sample(imagenet, tmp_path, de
 def test_files_that_are_no_images_are_counted(imagenet, tmp_path, content):
     for path in sorted((imagenet / "val").glob("*/*"))[:2]:
         path.write_bytes(content)
-    refused("imagenet", block(imagenet), tmp_path, "no image", "1 more of 3 files")
+    refused("imagenet", block(imagenet), tmp_path, "cannot be read as an image", "1 more of 3 files")
 
 
 def test_bytes_damaged_in_the_middle_are_found_by_the_sample(imagenet, tmp_path):
@@ -441,6 +441,8 @@ def test_coco_files_that_do_not_fit(copied, tmp_path):
     refused("coco2017", values, tmp_path, path, "annotation", "3")
     path.write_text(text[:-100])
     refused("coco2017", values, tmp_path, path, "not valid JSON")
+    path.write_text(json.dumps({"images": [], "annotations": []}))
+    refused("coco2017", values, tmp_path, path, "expected the keys images, annotations, categories")
     path.write_text(text)
     refused("coco2017", values.model_copy(update={"classes": 80}), tmp_path, "expected 80", "found 10")
     gone = first(root / "train2017", "*.jpg")
