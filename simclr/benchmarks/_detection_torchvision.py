@@ -293,7 +293,7 @@ def train(detector: Detector, spec: Json, folder: Path) -> None:
     if rank() == 0:
         trained = {
             "model": detector.state_dict(),
-            "losses": {name: float(value) for name, value in losses.items()},
+            "losses": {name: value.item() for name, value in losses.items()},
             "seconds_per_iteration": progress.seconds_per_iteration,
         }
         with replacing(folder / "trained.pt") as part:
@@ -305,8 +305,8 @@ def train(detector: Detector, spec: Json, folder: Path) -> None:
 def step(optimizer: torch.optim.Optimizer, losses: dict[str, Tensor], iteration: int) -> None:
     """Update once; raises `BadInput` when a loss is not finite."""
     loss = sum(losses.values())
-    if not math.isfinite(float(loss)):
-        values = ", ".join(f"{name} {float(value):.3g}" for name, value in losses.items())
+    if not math.isfinite(loss.item()):
+        values = ", ".join(f"{name} {value.item():.3g}" for name, value in losses.items())
         raise BadInput(f"training diverged at iteration {iteration} ({values}); lower lr or warm up longer")
     optimizer.zero_grad()
     loss.backward()
@@ -332,7 +332,7 @@ class Progress:
             return
         self.seconds_per_iteration = (time.monotonic() - self.began) / (done - self.start)
         left = timedelta(seconds=round((self.iterations - done) * self.seconds_per_iteration))
-        values = "  ".join(f"{name} {float(value):.3f}" for name, value in losses.items())
+        values = "  ".join(f"{name} {value.item():.3f}" for name, value in losses.items())
         if rank() == 0:
             print(
                 f"iteration {done}/{self.iterations}  {values}  lr {lr:.2g}  "
