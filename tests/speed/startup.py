@@ -2,8 +2,8 @@
 
     uv run python tests/speed/startup.py
 
-Each call is a new process; the fastest of five counts. Prints its wall seconds, its CPU seconds (what the
-wall seconds would be on an idle machine) and the bound on the wall seconds. Exits with 1 when a bound is broken.
+Each call is a new process; the fastest of five counts. Prints its wall seconds, its CPU seconds (what an idle
+machine takes) and the bound on the wall seconds. Exits with 1 when a bound is broken.
 """
 
 from __future__ import annotations
