@@ -258,7 +258,7 @@ def _reasons(names: tuple[str, ...], rows: Rows, config: Config) -> list[str]:
             else:
                 continue
             reasons.setdefault(f"{name}: {why}", []).append(model)
-    return [f"{DASH} {reason} ({', '.join(models)})" for reason, models in reasons.items()]
+    return [f"{reason} ({', '.join(models)})" for reason, models in reasons.items()]
 
 
 def _provenance(rows: Rows, config: Config, folder: Path) -> list[Block]:
