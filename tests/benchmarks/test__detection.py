@@ -1,0 +1,318 @@
+"""What both engines share: lists, metrics, the work folder, and what is refused."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from simclr import BadInput
+from simclr.benchmarks import _detection
+from simclr.benchmarks import _detection_detectron2 as detectron2
+from simclr.benchmarks import _detection_torchvision as engine
+
+CLASSES = ["zero", "one"]
+
+
+def image(image_id, *objects, **keys):
+    annotations = [
+        {"bbox": list(map(float, box)), "category_id": label, "iscrowd": 0, "difficult": int(difficult)}
+        for box, label, difficult in objects
+    ]
+    shape = {"file_name": f"{image_id}.jpg", "image_id": image_id, "height": 60, "width": 80}
+    return {**shape, "annotations": annotations, **keys}
+
+
+def detection(image_id, box, score, label=0):
+    return {"image_id": image_id, "bbox": list(map(float, box)), "score": score, "category_id": label}
+
+
+def random_scenes(seed, images=12):
+    random = np.random.RandomState(seed)
+    truth, found = [], []
+    for i in range(images):
+        objects = []
+        for _ in range(random.randint(1, 4)):
+            corner = random.randint(0, 40, 2)
+            box = [*corner, *(corner + random.randint(8, 20, 2))]
+            objects.append((box, int(random.randint(2)), random.rand() < 0.2))
+            for _ in range(random.randint(0, 3)):
+                shifted = np.array(box) + random.normal(0, 2, 4)
+                found.append(detection(i, shifted.tolist(), float(random.rand()), int(random.randint(2))))
+        truth.append(image(i, *objects))
+    return truth, found
+
+
+def slow_ap(truth, found, label, threshold):
+    """VOC2007's development kit, in loops: descending scores, one object per detection, 11 recall levels."""
+    objects = [
+        {"image": i["image_id"], "difficult": a["difficult"], "taken": False}
+        | {"box": [a["bbox"][0] + 1, a["bbox"][1] + 1, a["bbox"][2], a["bbox"][3]]}
+        for i in truth
+        for a in i["annotations"]
+        if a["category_id"] == label
+    ]
+    positives = sum(not each["difficult"] for each in objects)
+    curve, right, wrong = [], 0, 0
+    rows = [d for d in found if d["category_id"] == label]
+    for d in sorted(rows, key=lambda d: -round(d["score"], 3)):
+        x0, y0, x1, y1 = d["bbox"]
+        box = [round(x0 + 1, 1), round(y0 + 1, 1), round(x1, 1), round(y1, 1)]
+        best, best_iou = None, threshold
+        for each in objects:
+            if each["image"] == d["image_id"] and slow_iou(box, each["box"]) > best_iou:
+                best, best_iou = each, slow_iou(box, each["box"])
+        if best is None or (best["taken"] and not best["difficult"]):
+            wrong += 1
+        elif not best["difficult"]:
+            best["taken"] = True
+            right += 1
+        curve.append((right / positives, right / max(right + wrong, 1e-9)))
+    levels = [max((p for r, p in curve if r >= 0.1 * k), default=0) for k in range(11)]
+    return sum(levels) / 11
+
+
+def slow_iou(a, b):
+    width = min(a[2], b[2]) - max(a[0], b[0]) + 1
+    height = min(a[3], b[3]) - max(a[1], b[1]) + 1
+    if width <= 0 or height <= 0:
+        return 0
+    areas = [(c[2] - c[0] + 1) * (c[3] - c[1] + 1) for c in (a, b)]
+    return width * height / (sum(areas) - width * height)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_voc_metrics_equal_the_slow_ones(seed):
+    truth, found = random_scenes(seed)
+    metrics = _detection.voc_metrics(truth, found, CLASSES)
+    table = np.array([[slow_ap(truth, found, c, t / 100) for t in range(50, 100, 5)] for c in (0, 1)])
+    assert metrics["ap50"] == pytest.approx(100 * table[:, 0].mean())
+    assert metrics["ap75"] == pytest.approx(100 * table[:, 5].mean())
+    assert metrics["ap"] == pytest.approx(100 * table.mean())
+
+
+def test_voc_metrics_by_hand():
+    """Two objects, found at scores .9 and .1 with a wrong detection between: precision 1, then 2/3."""
+    truth = [image("a", ((0, 0, 10, 10), 0, False), ((30, 30, 50, 50), 0, False))]
+    found = [detection("a", (0, 0, 10, 10), 0.9), detection("a", (60, 0, 70, 9), 0.5)]
+    found.append(detection("a", (30, 30, 50, 50), 0.1))
+    metrics = _detection.voc_metrics(truth, found, CLASSES[:1])
+    assert metrics["ap50"] == pytest.approx(100 * (6 * 1 + 5 * 2 / 3) / 11)
+    assert metrics == {key: pytest.approx(metrics["ap50"]) for key in ("ap50", "ap", "ap75")}
+
+
+def test_a_difficult_object_counts_neither_way_and_a_second_hit_is_wrong():
+    truth = [image("a", ((0, 0, 10, 10), 0, False), ((30, 30, 50, 50), 0, True))]
+    hit, difficult = detection("a", (0, 0, 10, 10), 0.5), detection("a", (30, 30, 50, 50), 0.9)
+    assert _detection.voc_metrics(truth, [difficult, hit], CLASSES[:1])["ap"] == pytest.approx(100)
+    again = detection("a", (0, 0, 10, 10), 0.6)
+    truth[0]["annotations"].append({**truth[0]["annotations"][0], "bbox": [60, 0, 70, 10]})
+    late = detection("a", (60, 0, 70, 10), 0.1)
+    metrics = _detection.voc_metrics(truth, [again, hit, late], CLASSES[:1])
+    assert metrics["ap50"] == pytest.approx(100 * (6 + 5 * 2 / 3) / 11)
+
+
+def test_scores_are_rounded_to_three_decimals_before_they_are_ranked():
+    truth = [image("a", ((0, 0, 10, 10), 0, False))]
+    wrong, right = detection("a", (40, 0, 50, 10), 0.50004), detection("a", (0, 0, 10, 10), 0.50005)
+    assert _detection.voc_metrics(truth, [wrong, right], CLASSES[:1])["ap50"] == pytest.approx(50)
+
+
+def test_a_class_without_objects_has_no_ap():
+    truth = [image("a", ((0, 0, 10, 10), 0, False), ((0, 0, 10, 10), 1, True))]
+    with pytest.raises(BadInput, match="class one"):
+        _detection.voc_metrics(truth, [detection("a", (0, 0, 10, 10), 0.9)], CLASSES)
+
+
+def test_no_detection_is_no_number():
+    with pytest.raises(BadInput, match="found nothing above score_threshold in 1 test images"):
+        _detection._measured(_detection.voc_metrics, [image("a", ((0, 0, 9, 9), 0, False))], [], CLASSES)
+
+
+def square(box):
+    x0, y0, x1, y1 = map(float, box)
+    return [[x0, y0, x1, y0, x1, y1, x0, y1]]
+
+
+def coco_scene(crowd=0):
+    boxes = [(0, 0, 10, 10), (30, 30, 50, 50)]
+    truth = [image(i, *((box, 0, False) for box in boxes)) for i in (7, 8)]
+    for each in truth:
+        for annotation in each["annotations"]:
+            annotation.update(segmentation=square(annotation["bbox"]), iscrowd=crowd)
+    return truth
+
+
+def coco_detection(image_id, box, score):
+    from pycocotools import mask as coco
+
+    rle = coco.merge(coco.frPyObjects(square(box), 60, 80))
+    segmentation = {"size": rle["size"], "counts": rle["counts"].decode()}
+    return {**detection(image_id, box, score), "segmentation": segmentation}
+
+
+def test_coco_metrics_by_hand():
+    """Half of four objects found, nothing wrong: COCO's 101 recall levels reach 0.5, so 51 of them hold."""
+    found = [coco_detection(7, (0, 0, 10, 10), 0.9), coco_detection(8, (30, 30, 50, 50), 0.8)]
+    metrics = _detection.coco_metrics(coco_scene(), found, CLASSES[:1])
+    assert metrics == {key: pytest.approx(100 * 51 / 101) for key in metrics}
+    assert list(metrics) == ["box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"]
+
+
+def test_coco_without_an_object_is_refused():
+    with pytest.raises(BadInput, match="no crowd"):
+        _detection.coco_metrics(coco_scene(crowd=1), [coco_detection(7, (0, 0, 9, 9), 0.9)], CLASSES[:1])
+
+
+def test_training_keeps_difficult_objects_and_drops_crowds_and_empty_images():
+    crowd = image("b", ((0, 0, 9, 9), 0, False))
+    crowd["annotations"][0]["iscrowd"] = 1
+    kept = _detection.training_images([image("a", ((0, 0, 9, 9), 1, True)), crowd, image("c")], masks=False)
+    assert [each["image_id"] for each in kept] == ["a"]
+    assert kept[0]["annotations"][0]["category_id"] == 1
+
+
+def test_masks_need_polygons_of_three_points():
+    truth = image("a", ((0, 0, 9, 9), 0, False), ((0, 0, 5, 5), 1, False))
+    first, second = truth["annotations"]
+    first["segmentation"], second["segmentation"] = square(first["bbox"]), [[1.0, 1.0, 2.0, 2.0]]
+    kept = _detection.training_images([truth], masks=True)
+    assert [each["category_id"] for each in kept[0]["annotations"]] == [0]
+    first["segmentation"] = {"size": [60, 80], "counts": "0"}
+    with pytest.raises(BadInput, match="expected polygons"):
+        _detection.training_images([truth], masks=True)
+
+
+def test_load_report_names_what_did_not_arrive():
+    state = {"conv1.weight": torch.ones(2), "bn1.weight": torch.ones(2)}
+    assert _detection.load_report(dict(state), state, "x")["loaded"] == 2
+    with pytest.raises(BadInput, match=r"1 of 2 backbone tensors did not arrive.*bn1\.weight"):
+        _detection.load_report({**state, "bn1.weight": torch.zeros(2)}, state, "x")
+    with pytest.raises(BadInput, match="did not arrive"):
+        _detection.load_report({"conv1.weight": state["conv1.weight"], "bn1.weight": None}, state, "x")
+
+
+def test_the_batch_must_divide():
+    assert _detection.per_process(16, 8) == 2
+    with pytest.raises(BadInput, match="multiple of the 3 visible GPUs"):
+        _detection.per_process(16, 3)
+
+
+def test_missing_detectron2_is_one_sentence(monkeypatch):
+    monkeypatch.delenv("SIMCLR_DETECTRON2_PYTHON", raising=False)
+    monkeypatch.setattr(_detection.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BadInput, match=r"envs/detectron2\.yaml.*engine: torchvision"):
+        _detection._detectron2_command()
+    monkeypatch.setenv("SIMCLR_DETECTRON2_PYTHON", sys.executable)
+    assert _detection._detectron2_command() == [sys.executable]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "detector", "reason"),
+    [("resnet18", "c4", "bottleneck"), ("resnet18_w0.25", "fpn", "width 1 only")],
+)
+def test_detectron2_refuses_what_it_cannot_build(architecture, detector, reason):
+    with pytest.raises(BadInput, match=reason):
+        detectron2.refuse(architecture, detector)
+    detectron2.refuse("resnet50_w2", detector)
+
+
+def test_detectron2_names_of_the_backbone():
+    assert detectron2.model_key("layer4.0.bn1.weight", "c4") == "roi_heads.res5.0.conv1.norm.weight"
+    assert detectron2.model_key("layer1.0.downsample.0.weight", "c4") == "backbone.res2.0.shortcut.weight"
+    assert detectron2.model_key("conv1.weight", "fpn") == "backbone.bottom_up.stem.conv1.weight"
+
+
+def _hold(folder, ready, done):
+    with _detection.locked(folder):
+        ready.set()
+        done.wait(30)
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, ready, done))
+    other.start()
+    assert ready.wait(30)
+    with pytest.raises(BadInput, match="another process trains here"), _detection.locked(tmp_path):
+        pass
+    done.set()
+    other.join()
+    with _detection.locked(tmp_path):
+        pass
+
+
+# ---------------------------------------------------------------- the torchvision engine's own parts
+
+
+@pytest.mark.parametrize(
+    ("size", "edge", "max_edge", "expected"),
+    [
+        ((500, 375), 800, 1333, (1067, 800)),
+        ((375, 500), 480, 1333, (480, 640)),
+        ((500, 200), 800, 1333, (1333, 533)),  # the long edge binds
+        ((333, 500), 600, 1333, (600, 901)),
+    ],
+)
+def test_new_size(size, edge, max_edge, expected):
+    assert engine.new_size(*size, edge, max_edge) == expected
+
+
+def test_learning_rate_warms_up_linearly_and_drops_twice():
+    config = {"lr": 0.02, "warmup_iterations": 100, "warmup_factor": 0.001, "steps": [18000, 22000]}
+    rates = [engine.learning_rate(config, i) for i in (0, 50, 100, 17999, 18000, 21999, 22000)]
+    assert rates == pytest.approx([2e-5, 0.02 * 0.5005, 0.02, 0.02, 0.002, 0.002, 0.0002])
+
+
+def test_batches_hold_one_shape_and_see_every_image():
+    wide = [i % 3 == 0 for i in range(30)]
+    stream = engine.batches(wide, 3, seed=1)
+    taken = [next(stream) for _ in range(9)]
+    assert all(len({wide[index] for _, index in batch}) == 1 for batch in taken)
+    indices = [index for batch in taken for _, index in batch]
+    assert len(set(indices)) >= 24
+    again = engine.batches(wide, 3, seed=1)
+    assert [next(again) for _ in range(9)] == taken
+
+
+def test_a_flip_mirrors_boxes_and_polygons():
+    line = image("a", ((10, 5, 30, 25), 1, False), ((0, 0, 80, 60), 0, False))
+    for annotation in line["annotations"]:
+        annotation["segmentation"] = square(annotation["bbox"])
+    target = engine.transformed(line, (160, 120), flip=True)
+    assert target["boxes"].tolist() == [[100, 10, 140, 50], [0, 0, 160, 120]]
+    assert target["labels"].tolist() == [2, 1]
+    assert target["polygons"][0][0].tolist() == [140, 10, 100, 10, 100, 50, 140, 50]
+
+
+def test_an_object_outside_the_image_is_dropped():
+    line = image("a", ((10, 5, 30, 25), 1, False), ((80, 0, 90, 10), 0, False))
+    assert engine.transformed(line, (80, 60), flip=False)["labels"].tolist() == [2]
+
+
+def test_precise_bn_equals_the_statistics_of_all_values():
+    layer = torch.nn.BatchNorm2d(3).double()
+
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = layer
+
+        def forward(self, images, targets):
+            return self.norm(images)
+
+    batches = [torch.randn(n, 3, 4, 5, dtype=torch.double) * 2 + 1 for n in (2, 5, 1)]
+    engine.precise_bn(Model(), [(batch, None) for batch in batches])
+    values = torch.cat(batches).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(layer.running_mean, values.mean(1))
+    torch.testing.assert_close(layer.running_var, values.var(1, unbiased=False))
+    assert layer.momentum == 0.1
+
+
+def test_a_diverged_loss_stops_training():
+    with pytest.raises(BadInput, match=r"diverged at iteration 3.*lower lr"):
+        engine.step(None, {"loss_box_reg": torch.tensor(float("nan"))}, 3)

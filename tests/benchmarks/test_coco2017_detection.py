@@ -1,0 +1,80 @@
+"""COCO detection: the protocol as VOC's and a delta, its variants, and a miniature run with masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from simclr import checkpoint, datasets
+from simclr.benchmarks import voc0712_detection
+from simclr.benchmarks.coco2017_detection import COLUMNS, Config, evaluate
+from simclr.model import resnet
+
+TINY = {
+    "engine": "torchvision",
+    "iterations": 2,
+    "steps": [],
+    "warmup_iterations": 1,
+    "batch_size": 2,
+    "train_edges": [64],
+    "test_edge": 64,
+    "max_edge": 128,
+    "anchor_sizes": [8, 16, 32, 48, 64],
+    "rpn_batch": 16,
+    "rpn_pre_nms": [30, 10],
+    "rpn_post_nms": [12, 8],
+    "roi_batch": 4,
+    "head_channels": 8,
+    "fc_channels": 16,
+    "precise_bn": 1,
+    "score_threshold": 0,
+    "detections": 5,
+}
+
+
+def test_the_default_is_fpn_1x():
+    """Detectron2's Mask R-CNN R50-FPN 1x, as MMSelfSup v0.11.0 configures it."""
+    config = Config()
+    assert (config.detector, config.iterations, config.steps) == ("fpn", 90000, (60000, 80000))
+    assert (config.warmup_iterations, config.trials) == (1000, 1)
+    assert config.train_edges == (640, 672, 704, 736, 768, 800)
+    assert (config.rpn_pre_nms, config.rpn_post_nms) == ((2000, 1000), (1000, 1000))
+    assert Config(variant="fpn_1x") == config
+
+
+def test_variants_set_what_is_not_given():
+    c4 = Config(variant="c4_2x")
+    assert (c4.detector, c4.iterations, c4.steps) == ("c4", 180000, (120000, 160000))
+    assert (c4.rpn_pre_nms, c4.rpn_post_nms) == ((12000, 6000), (2000, 1000))
+    assert Config(variant="c4_2x", rpn_post_nms=[50, 20]).rpn_post_nms == (50, 20)
+    with pytest.raises(ValidationError, match="variant"):
+        Config(variant="c4_3x")
+
+
+def test_what_is_not_said_is_vocs():
+    voc, coco = voc0712_detection.Config(), Config()
+    delta = {"iterations", "steps", "warmup_iterations", "train_edges", "trials"}
+    delta |= {"detector", "rpn_pre_nms", "rpn_post_nms"}
+    same = set(voc0712_detection.Config.model_fields) - delta
+    assert {key: getattr(coco, key) for key in same} == {key: getattr(voc, key) for key in same}
+
+
+@pytest.mark.parametrize("detector", ["fpn", "c4"])
+def test_a_miniature_run_with_masks(detector, dataset, tmp_path, monkeypatch):
+    full = dataset("coco2017")
+    cut = {"train2017": datasets.detection(full, "train2017")[:4]}
+    cut["val2017"] = datasets.detection(full, "val2017")[:3]
+    monkeypatch.setattr(datasets, "detection", lambda _, split: cut[split])
+    torch.manual_seed(0)
+    path = tmp_path / "backbone.safetensors"
+    checkpoint.save_backbone(
+        path, resnet("resnet18_w0.125").state_dict(), {"architecture": "resnet18_w0.125"}
+    )
+    metrics = evaluate(
+        checkpoint.Backbone.open(path), full, Config(**TINY, detector=detector), tmp_path / "work"
+    )
+    assert list(metrics) == list(COLUMNS)
+    assert all(0 <= value <= 100 for value in metrics.values())
+    assert "loss_mask" in metrics.details["last_losses"]
+    assert metrics.details["load"]["unmatched"] == []

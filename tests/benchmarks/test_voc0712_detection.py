@@ -1,0 +1,136 @@
+"""VOC detection: the published protocol, what its config refuses, a miniature run with torchvision."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from simclr import BadInput, checkpoint, datasets
+from simclr.benchmarks import _detection_torchvision as engine
+from simclr.benchmarks.voc0712_detection import COLUMNS, Config, evaluate
+from simclr.model import resnet
+
+TINY = Config(
+    engine="torchvision",
+    iterations=4,
+    steps=[3],
+    warmup_iterations=1,
+    batch_size=2,
+    train_edges=[64],
+    test_edge=64,
+    max_edge=128,
+    anchor_sizes=[16, 32],
+    rpn_batch=16,
+    rpn_pre_nms=[50, 20],
+    rpn_post_nms=[12, 8],
+    roi_batch=4,
+    precise_bn=2,
+    score_threshold=0,
+    trials=1,
+    checkpoint_every=2,
+)
+
+
+def test_the_published_protocol():
+    """MMSelfSup v0.11.0, pascal_voc_R_50_C4_24k_moco.yaml and its bases."""
+    config = Config()
+    assert (config.engine, config.detector, config.trials) == ("detectron2", "c4", 5)
+    assert (config.iterations, config.steps) == (24000, (18000, 22000))
+    assert (config.batch_size, config.lr, config.warmup_iterations) == (16, 0.02, 100)
+    assert (config.momentum, config.weight_decay, config.warmup_factor) == (0.9, 1e-4, 0.001)
+    assert config.train_edges == tuple(range(480, 801, 32))
+    assert (config.test_edge, config.max_edge, config.precise_bn) == (800, 1333, 200)
+    assert (config.rpn_pre_nms, config.rpn_post_nms) == ((12000, 6000), (2000, 1000))
+    assert (config.roi_batch, config.rpn_batch, config.detections) == (512, 256, 100)
+    assert config.score_threshold == 0.05
+    assert list(COLUMNS) == ["ap50", "ap", "ap75"]
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"iterations": 100}, "steps must ascend and lie below iterations 100"),
+        ({"steps": [200, 100]}, "must ascend"),
+        ({"iterations": 50, "steps": []}, "warmup_iterations 100 exceed"),
+        ({"detector": "fpn", "anchor_sizes": [32]}, "five anchor_sizes"),
+        ({"test_edge": 2000}, "must not exceed max_edge"),
+        ({"learning_rate": 0.1}, "Extra inputs"),
+    ],
+)
+def test_impossible_values_are_refused(values, reason):
+    with pytest.raises(ValidationError, match=reason):
+        Config(**values)
+
+
+@pytest.fixture
+def voc(dataset, monkeypatch):
+    """The miniature dataset, cut to 6 training images and, for each class, one test image."""
+    full = dataset("voc0712")
+    records = {split: datasets.detection(full, split) for split in full.images}
+    sure = {}
+    for image in records["test07"]:
+        for each in image["annotations"]:
+            if not each["difficult"]:
+                sure.setdefault(each["category_id"], image)
+    few = {image["image_id"]: image for image in sure.values()}
+    cut = {"trainval07": records["trainval07"][:6], "trainval12": [], "test07": list(few.values())}
+    monkeypatch.setattr(datasets, "detection", lambda _, split: cut[split])
+    return full
+
+
+@pytest.fixture
+def backbone(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "backbone.safetensors"
+    checkpoint.save_backbone(
+        path, resnet("resnet18_w0.125").state_dict(), {"architecture": "resnet18_w0.125"}
+    )
+    return checkpoint.Backbone.open(path)
+
+
+def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(voc, backbone, tmp_path, monkeypatch):
+    unbroken = evaluate(backbone, voc, TINY, tmp_path / "unbroken")
+    assert list(unbroken) == list(COLUMNS)
+    assert unbroken.details["load"] == {"expected": 120, "loaded": 120, "unmatched": []}
+    assert unbroken.details["engine"] == "torchvision"
+
+    update = engine.step
+
+    def killed(optimizer, losses, iteration):
+        if iteration == 3:
+            raise KeyboardInterrupt
+        update(optimizer, losses, iteration)
+
+    work = tmp_path / "killed"
+    monkeypatch.setattr(engine, "step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(backbone, voc, TINY, work)
+    assert [path.name for path in work.rglob("checkpoint-*")] == ["checkpoint-00000002.pt"]
+
+    iterations = []
+    monkeypatch.setattr(engine, "step", lambda *a: (iterations.append(a[2]), update(*a)))
+    assert dict(evaluate(backbone, voc, TINY, work)) == dict(unbroken)
+    assert iterations == [2, 3]
+    (first,), (second,) = ((tmp_path / name).rglob("result.json") for name in ("unbroken", "killed"))
+    assert json.loads(first.read_text())["detections"] == json.loads(second.read_text())["detections"]
+    assert not list(work.rglob("checkpoint-*"))
+
+    # Done is done; another protocol has a folder of its own; one more trial only adds its run.
+    assert dict(evaluate(backbone, voc, TINY, work)) == dict(unbroken)
+    assert iterations == [2, 3]
+    more = evaluate(backbone, voc, TINY.model_copy(update={"trials": 2}), work)
+    assert iterations == [2, 3, 0, 1, 2, 3]
+    assert set(more.spread) == set(COLUMNS)
+    assert more.trials == dict.fromkeys(COLUMNS, 2)
+    assert len(list(work.iterdir())) == 1
+    evaluate(backbone, voc, TINY.model_copy(update={"iterations": 1, "steps": ()}), work)
+    assert len(list(work.iterdir())) == 2
+
+
+def test_torchrun_is_refused(voc, backbone, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match="without torchrun"):
+        evaluate(backbone, voc, TINY, tmp_path)
