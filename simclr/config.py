@@ -202,7 +202,7 @@ class Recipe(Closed):
         "lars", description="lars: as published; adamw learns faster at the miniature's batch of 256."
     )
     lr: float = Field(0.3, gt=0, description="Learning rate per 256 images; scaled linearly with batch_size.")
-    momentum: float = Field(0.9, ge=0, lt=1, description="Of LARS and SGD.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Of LARS and SGD; the first beta of AdamW.")
     weight_decay: float = Field(1e-6, ge=0, description="L2 penalty on what `lars_exclude` leaves in.")
     trust_coefficient: float = Field(0.001, gt=0, description="Of LARS.")
     lars_exclude: Literal["bias_and_bn", "bias_and_bn_but_shortcut"] = Field(
@@ -227,6 +227,14 @@ class Recipe(Closed):
     augmentation: Augmentation = Augmentation()
     seed: int = Field(0, ge=0, description="Of the weights, the order of the images and the views.")
     version: int = Field(1, ge=1, description="Raise it to pretrain again.")
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Recipe:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs: expected less than the {self.epochs} epochs, found {self.warmup_epochs:g}"
+            )
+        return self
 
 
 class ImportCheckpoint(Closed):

@@ -2,12 +2,14 @@
 
 A transform takes a PIL RGB image and returns a float tensor `(3, H, W)`, normalised with ImageNet's mean and
 standard deviation. Resizing is PIL's, which anti-aliases, as in all published numbers of MMSelfSup 0.x.
+Transforms can be pickled, so a loader's workers may be started in any way.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,21 +27,21 @@ STD = (0.229, 0.224, 0.225)
 
 def center_crop(resize: int, crop: int) -> Callable[[Image.Image], Tensor]:
     """Short edge to `resize` pixels, then the central `crop` × `crop` pixels (MMSelfSup, knn_imagenet.py)."""
+    return partial(_center_crop, resize, crop)
 
-    def transform(image: Image.Image) -> Tensor:
-        return normalize(to_tensor(crop_centre(resize_short_edge(image, resize), crop)))
 
-    return transform
+def _center_crop(resize: int, crop: int, image: Image.Image) -> Tensor:
+    return normalize(to_tensor(crop_centre(resize_short_edge(image, resize), crop)))
 
 
 def squash(resize: int, crop: int) -> Callable[[Image.Image], Tensor]:
     """Short edge to `resize` pixels, then both edges to `crop`: the aspect ratio is lost (svm_voc07.py)."""
+    return partial(_squash, resize, crop)
 
-    def transform(image: Image.Image) -> Tensor:
-        image = resize_short_edge(image, resize).resize((crop, crop), Image.Resampling.BILINEAR)
-        return normalize(to_tensor(image))
 
-    return transform
+def _squash(resize: int, crop: int, image: Image.Image) -> Tensor:
+    image = resize_short_edge(image, resize).resize((crop, crop), Image.Resampling.BILINEAR)
+    return normalize(to_tensor(image))
 
 
 def resize_short_edge(image: Image.Image, size: int) -> Image.Image:
@@ -75,11 +77,11 @@ def two_views(augmentation: Augmentation) -> Callable[[Image.Image, np.random.Ge
     Every random number comes from the generator that is handed in, so the views are a pure function of its
     seed.
     """
+    return partial(_two_views, augmentation)
 
-    def transform(image: Image.Image, rng: np.random.Generator) -> Tensor:
-        return normalize(torch.stack([to_tensor(view(image, augmentation, rng)) for _ in range(2)]))
 
-    return transform
+def _two_views(augmentation: Augmentation, image: Image.Image, rng: np.random.Generator) -> Tensor:
+    return normalize(torch.stack([to_tensor(view(image, augmentation, rng)) for _ in range(2)]))
 
 
 def view(image: Image.Image, augmentation: Augmentation, rng: np.random.Generator) -> Image.Image:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -78,6 +79,14 @@ def test_jitter_is_torchvisions_in_each_of_the_24_orders(image):
         for i in order:
             expected = changes[i](expected)
         assert transforms.color_jitter(image, 0.8, 0.8, 0.8, 0.2, Draws(order)) == expected
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [transforms.center_crop(20, 16), transforms.squash(20, 16), transforms.two_views(Augmentation())],
+)
+def test_transforms_can_be_sent_to_workers(transform):
+    assert pickle.loads(pickle.dumps(transform)).func is transform.func
 
 
 def test_two_views_are_a_pure_function_of_the_seed(image):
