@@ -2,8 +2,9 @@
 
 `detectron2.json` holds, for each miniature below, in float64: the losses of three SGD steps with warm-up and
 decay, and, after BatchNorm's statistics were taken anew over two batches, the detections in the original
-images. Detectron2's revision of June 2026 made it. Weights and inputs follow from seeds; all anchors and
-proposals are sampled, so no random draw takes part.
+images. Detectron2's revision of June 2026 (02b5c4e2) made it, with BatchNorm for SyncBN and with its casts to
+float32 lifted: a rounding there decides which boxes survive, and the runs then part. Weights and inputs
+follow from seeds; all anchors and proposals are sampled, so no random draw takes part.
 """
 
 from __future__ import annotations
