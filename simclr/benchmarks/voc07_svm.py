@@ -102,21 +102,23 @@ def check(train: Features, test: Features, layers: list[str]) -> None:
 def stratified_folds(labels: np.ndarray, folds: int) -> np.ndarray:
     """Return `(N, C)`: the fold that holds each image out, per class; `labels` as in a features folder.
 
+    The folds are those of scikit-learn's unshuffled StratifiedKFold, which the published script uses.
     Raises `BadInput` when a fold would be left without a positive or a negative.
     """
     import numpy as np
-    from sklearn.model_selection import StratifiedKFold
 
     held_out = np.empty(labels.shape, dtype=np.int64)
     for index, positive in enumerate((labels == 1).T):
-        count = int(positive.sum())
-        if min(count, len(positive) - count) < folds:
+        counts = (~positive).sum(), positive.sum()
+        if min(counts) < folds:
             raise BadInput(
                 f"class {index}: {folds} folds need at least {folds} positive and {folds} negative training "
-                f"images; found {count} and {len(positive) - count}"
+                f"images; found {counts[1]} and {counts[0]}"
             )
-        for fold, (_, rows) in enumerate(StratifiedKFold(folds).split(positive, positive)):
-            held_out[rows, index] = fold
+        dealt = np.sort(positive != positive[0])  # images of the first one's kind come first,
+        for kind in (positive[0], not positive[0]):
+            shares = [int((dealt[fold::folds] == (kind != positive[0])).sum()) for fold in range(folds)]
+            held_out[positive == kind, index] = np.arange(folds).repeat(shares)  # and are dealt in turn
     return held_out
 
 

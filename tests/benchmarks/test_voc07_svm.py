@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import average_precision_score
-from sklearn.model_selection import cross_val_score
+from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.svm import LinearSVC
 
 from simclr import BadInput
@@ -195,7 +195,19 @@ def test_difficult_images_are_negatives_in_training_and_removed_in_testing():
     assert evaluate(train, as_absent, config) != found
 
 
-def test_folds_are_those_of_scikit_learn():
+@pytest.mark.parametrize("folds", [2, 3, 5])
+def test_folds_are_those_of_scikit_learn(folds):
+    random = np.random.default_rng(folds)
+    for images in range(20, 40):
+        positive = random.random((images, 3)) < [0.35, 0.5, 0.6]
+        positive[: 2 * folds] = (np.arange(2 * folds) % 2 == 0)[:, None]
+        held_out = stratified_folds(np.where(positive, 1, -random.integers(0, 2, positive.shape)), folds)
+        for column, found in zip(positive.T, held_out.T, strict=True):
+            for fold, (_, out) in enumerate(StratifiedKFold(folds).split(column, column)):
+                np.testing.assert_array_equal(np.flatnonzero(found == fold), out)
+
+
+def test_folds_are_those_of_the_published_script():
     labels = voc(5, 50, 4).labels
     held_out = stratified_folds(labels, 3)
     rows = np.random.default_rng(0).normal(size=(50, 4))
