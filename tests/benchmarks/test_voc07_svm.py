@@ -105,6 +105,11 @@ def test_both_ways_to_a_newton_step_reach_the_solution(way, monkeypatch):
     test_the_solver_equals_liblinear("wide")
 
 
+def test_features_are_scaled_to_almost_unit_length():
+    found = _svm.scaled(np.array([[3, 4], [0, 0], [3e-5, 4e-5]], dtype=np.float32))
+    np.testing.assert_allclose(found, [[3 / 5.00001, 4 / 5.00001], [0, 0], [0.5, 2 / 3]], rtol=1e-6)
+
+
 def test_images_left_out_do_not_count_and_are_scored():
     rows, signs = problem("tall")
     images = torch.from_numpy(rows)
