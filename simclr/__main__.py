@@ -60,7 +60,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             function(**values)
     except BadInput as error:
-        print(f"simclr: {error}", file=sys.stderr)
+        # DataLoader puts the traceback of a worker process before the sentence.
+        sentence = str(error).splitlines()[-1].removeprefix("simclr.BadInput: ")
+        print(f"simclr: {sentence}", file=sys.stderr)
         return 2
     return 0
 

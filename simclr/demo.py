@@ -25,7 +25,7 @@ from PIL import Image, ImageFilter
 from simclr import BadInput
 from simclr.datasets import VOC_CLASSES, VOID
 
-VERSION = 2  # raise it when the bytes change
+VERSION = 3  # raise it when the bytes change
 FINISHED = "demo.json"  # written last
 OURS = "README.txt"  # written first; only a folder that has it is ever replaced
 README = "Miniature datasets, made by `python -m simclr demo`. It replaces this folder as a whole.\n"
@@ -137,7 +137,7 @@ def picture(rng: np.random.Generator, digit: np.ndarray, edge: int = 48) -> np.n
     opacity = glyph(digit, int(rng.integers(edge * 4 // 5, edge + 1)), rng.uniform(-5, 5))
     y, x = (int(rng.integers(0, edge - length + 1)) for length in opacity.shape)
     here = image[y : y + opacity.shape[0], x : x + opacity.shape[1]]
-    paint(image, opacity, x, y, contrasting_colour(rng, here, 160))
+    paint(image, opacity, x, y, contrasting_colour(rng, here, 100))
     return as_bytes(image)
 
 
@@ -345,12 +345,12 @@ def scene(
 
 
 def vocdevkit(root: Path, digits: Digits, rng: np.random.Generator) -> None:
-    """Write VOC2007 (trainval 240, test 120) and VOC2012 (trainval 80; train 40, aug 40, val 16 with masks).
+    """Write VOC2007 (trainval 360, test 160) and VOC2012 (trainval 80; train 40, aug 40, val 16 with masks).
 
     Digit d bears VOC's class name number d. Unlike VOC's, segmentation's val images are not in the trainval
     of detection, so that their digits stay unseen.
     """
-    _voc_year(root / "VOC2007", {"train": 120, "val": 120, "test": 120}, "{:06d}", digits, rng)
+    _voc_year(root / "VOC2007", {"train": 180, "val": 180, "test": 160}, "{:06d}", digits, rng)
     things = _voc_year(root / "VOC2012", {"train": 40, "val": 40, "test": 16}, "2008_{:06d}", digits, rng)
     _voc_masks(root / "VOC2012", *things.values())
 
@@ -375,10 +375,10 @@ def _voc_year(
 def _voc_image(
     root: Path, name: str, number: int, pool: list[np.ndarray], rng: np.random.Generator
 ) -> list[Thing]:
-    width, height = ((96, 72), (112, 84), (108, 96), (84, 108))[rng.integers(4)]
-    labels = [number % 10, *rng.integers(0, 10, rng.choice(3, p=(0.5, 0.35, 0.15)))]
+    width, height = ((64, 64), (72, 64), (64, 72))[rng.integers(3)]
+    labels = [number % 10, *rng.integers(0, 10, rng.choice(3, p=(0.8, 0.15, 0.05)))]
     longest = min(width, height) if len(labels) == 1 else round(0.62 * min(width, height))
-    image = backdrop(rng, width, height, 8, photographs())
+    image = backdrop(rng, width, height, 20, photographs())
     pixels, things = scene(rng, image, pool, map(int, labels), (longest * 3 // 4, longest + 1))
     save_jpeg(pixels, root / "JPEGImages" / f"{name}.jpg")
     _write_lines(root / "Annotations" / f"{name}.xml", [_voc_xml(root.name, name, pixels, things)])

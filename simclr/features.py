@@ -176,20 +176,11 @@ def _batches(
         pin_memory=device == "cuda",
     )
     model.to(device)
-    with tqdm(total=len(listed), desc=what, unit=" images", mininterval=1) as progress, _one_sentence():
+    with tqdm(total=len(listed), desc=what, unit=" images", mininterval=1) as progress:
         for images, _, index in loader:
             features = _layers(model, images.to(device, non_blocking=True), config)
             yield index.numpy(), {name: values.cpu() for name, values in features.items()}
             progress.update(len(index))
-
-
-@contextmanager
-def _one_sentence() -> Iterator[None]:
-    """Take the traceback of a worker process off a `BadInput`: DataLoader puts it before the sentence."""
-    try:
-        yield
-    except BadInput as error:
-        raise BadInput(str(error).splitlines()[-1].removeprefix("simclr.BadInput: ")) from error
 
 
 def _workers() -> int:

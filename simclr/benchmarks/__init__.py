@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import time
 from pathlib import Path
 from types import ModuleType
@@ -48,6 +49,8 @@ def run(name: str, model: str, config: Any, output: Path, inputs: dict[str, Any]
     checkpoint, dataset = results.provenance(inputs)
     started = time.monotonic()
     metrics = load(name).evaluate(**inputs, config=config)
+    if int(os.environ.get("RANK", 0)) > 0:  # under torchrun the first process writes
+        return
     for key, value in [*metrics.items(), *metrics.spread.items()]:
         if not math.isfinite(value):
             raise BadInput(

@@ -93,9 +93,9 @@ def test_the_gap_is_that_of_primal_and_dual(kind):
 
 @pytest.mark.parametrize("way", ["factored", "conjugate gradients"])
 def test_both_ways_to_a_newton_step_reach_the_solution(way, monkeypatch):
-    def step(self, state, iterations):
+    def step(self, state, iterations, tolerance):
         if way == "conjugate gradients":
-            return self._conjugate_gradients(state)
+            return self._conjugate_gradients(state, tolerance)
         columns = range(state.w.shape[1])
         active = state.curvature > 0
         steps = [self._factored_step(state, c, active[:, c].nonzero().flatten()) for c in columns]

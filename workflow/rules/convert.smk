@@ -19,7 +19,7 @@ rule convert_backbone:
     wildcard_constraints:
         format="detectron2|mmseg",
     conda:
-        "../../envs/mmseg.yaml"
+        "../../envs/{format}.yaml"
     resources:
         mem_mb=lambda wildcards, attempt: 3_000 * attempt,
         runtime=lambda wildcards, attempt: 10 * attempt,
