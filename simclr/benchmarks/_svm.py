@@ -99,7 +99,7 @@ class Problems:
     def _tolerance(self, cost: float) -> float:
         """Return `TOLERANCE`, or what rounding leaves attainable: ε times a bound of the Hessian.
 
-        The bound takes over where the cost times the number of images exceeds about two million.
+        It is above `TOLERANCE` only where the cost times the number of images exceeds about a million.
         """
         hessian = 1 + 2 * cost * POSITIVE_WEIGHT * float(self.eigenvalues[-1])
         return max(TOLERANCE, 4 * torch.finfo(self.eigenvalues.dtype).eps * hessian)

@@ -105,6 +105,53 @@ def test_both_ways_to_a_newton_step_reach_the_solution(way, monkeypatch):
     test_the_solver_equals_liblinear("wide")
 
 
+def hard(duplicates):
+    """Return nearly parallel images `(120, D)` of decaying spectrum, with labels at random, 20 % positive."""
+    random = np.random.default_rng(0)
+    width = 40 if duplicates else 120
+    latent = 0.05 * random.normal(size=(120, width)) * np.exp(-5 * np.arange(width) / width)
+    rows = np.maximum(1 + latent @ random.normal(size=(width, width)), 0)
+    if duplicates:
+        rows[-20:] = rows[:20]
+    return unit(rows), np.where(random.random((120, 8)) < 0.2, 1, -1)
+
+
+@pytest.mark.parametrize("duplicates", [False, True])
+@pytest.mark.parametrize(("cost", "tolerance"), [(100.0, 1e-8), (100.0, 1e-10), (1e4, 1e-8), (1e5, 1e-8)])
+def test_hard_features_converge_with_room_to_spare(duplicates, cost, tolerance, monkeypatch):
+    """Steps whose rounding errors do not shrink with the gradient stall before these tolerances."""
+    rows, signs = hard(duplicates)
+    images = torch.from_numpy(rows)
+    monkeypatch.setattr(_svm, "TOLERANCE", tolerance)
+    monkeypatch.setattr(_svm, "MAX_STEPS", 30)
+    (found,) = _svm.Problems(_svm.gram(images, images), signs).path([cost])
+    assert found.gap.max() < (1e-16 if cost < 1e5 else 1e-13)
+    if cost == 100:
+        expected = fit(cost, rows, signs[:, 0])
+        np.testing.assert_allclose(found.scores[:, 0], expected.decision_function(rows), rtol=0, atol=1e-6)
+
+
+def test_the_step_length_is_the_minimum_along_the_line():
+    """Against bisection of the slope, from a point with active and inactive images, for steps of any size."""
+    rows, signs = hard(duplicates=False)
+    images = torch.from_numpy(rows)
+    problems = _svm.Problems(_svm.gram(images, images), signs)
+    random = np.random.default_rng(1)
+    w = torch.from_numpy(random.normal(size=(problems.basis.shape[1], 8)))
+    state = problems._state(100.0, w, torch.arange(8))
+    step = -state.gradient * torch.logspace(-9, 3, 8, dtype=torch.float64) / state.gradient.norm(dim=0)
+    found = _svm._step_length(state, step, problems.basis @ step)
+
+    def slope(length):
+        return (problems._state(100.0, w + length * step, torch.arange(8)).gradient * step).sum(0)
+
+    low, high = torch.zeros(8, dtype=torch.float64), torch.full((8,), 1e12, dtype=torch.float64)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = torch.where(slope(middle) < 0, middle, low), torch.where(slope(middle) < 0, high, middle)
+    np.testing.assert_allclose(found, low, rtol=1e-5)
+
+
 def test_features_are_scaled_to_almost_unit_length():
     found = _svm.scaled(np.array([[3, 4], [0, 0], [3e-5, 4e-5]], dtype=np.float32))
     np.testing.assert_allclose(found, [[3 / 5.00001, 4 / 5.00001], [0, 0], [0.5, 2 / 3]], rtol=1e-6)
