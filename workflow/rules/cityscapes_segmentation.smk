@@ -26,7 +26,7 @@ rule cityscapes_segmentation_record:
         * minutes(trained_on("cityscapes_segmentation"), per_second=10),
     params:
         config=benchmark_block("cityscapes_segmentation"),
-        work="<results>/{model}/work/cityscapes_segmentation",
+        work=work_folder("cityscapes_segmentation"),
     shell:
         "python -m simclr cityscapes_segmentation --model {wildcards.model} --backbone {input.backbone}"
         " --dataset {input.dataset} --config {params.config:q} --work {params.work:q} --output {output}"

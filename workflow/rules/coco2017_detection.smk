@@ -18,14 +18,14 @@ rule coco2017_detection_record:
         "<results>/{model}/times/coco2017_detection.tsv"
     conda:
         "../../envs/detectron2.yaml"
-    threads: cores
+    threads: lambda wildcards: 8 * node_gpus(wildcards) or 1
     resources:
-        gpu=gpu,
-        mem_mb=lambda wildcards, attempt: attempt * (3_000 + 48_000 * gpu(wildcards)),
+        gpu=node_gpus,
+        mem_mb=lambda wildcards, attempt: attempt * (3_000 + 48_000 * node_gpus(wildcards)),
         runtime=lambda wildcards, attempt: attempt * minutes(trained_on("coco2017_detection"), per_second=10),
     params:
         config=benchmark_block("coco2017_detection"),
-        work="<results>/{model}/work/coco2017_detection",
+        work=work_folder("coco2017_detection"),
     shell:
         "python -m simclr coco2017_detection --model {wildcards.model} --backbone {input.backbone}"
         " --dataset {input.dataset} --config {params.config:q} --work {params.work:q} --output {output}"

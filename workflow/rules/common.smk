@@ -62,10 +62,9 @@ def feature_block(wildcards):
 
 def dataset_block(wildcards):
     """Return where the dataset lies and what must be there, as JSON."""
-    dataset = CONFIG.dataset(wildcards.dataset)
-    if dataset is None:
+    if CONFIG.dataset(wildcards.dataset) is None:
         raise WorkflowError(f"datasets.{wildcards.dataset}.root is not set; set it to the dataset's folder")
-    return dataset.model_dump_json()
+    return json.dumps(CONFIG.block("datasets", wildcards.dataset))
 
 
 def page_records():
@@ -91,6 +90,11 @@ def best_layer(wildcards):
     return f"{CONFIG.output}/{wildcards.model}/voc07_svm.json" if wanted else []
 
 
+def work_folder(step):
+    """Return where a training keeps what a kill must not lose; no output, or a rerun would delete it."""
+    return f"{CONFIG.output}/{{model}}/work/{step}"
+
+
 def gpus(wildcards):
     """Return the GPUs that pretraining the model takes; 0 is the CPU."""
     return CONFIG.models[wildcards.model].gpus
@@ -99,6 +103,11 @@ def gpus(wildcards):
 def gpu(wildcards):
     """Return the GPUs that any other job of the model takes: one, or none for a model on the CPU."""
     return min(1, gpus(wildcards))
+
+
+def node_gpus(wildcards):
+    """Return the GPUs of a job that divides its batch over those of one node."""
+    return min(8, gpus(wildcards))
 
 
 def cores(wildcards):
@@ -115,7 +124,7 @@ def images(dataset, *splits):
 def trained_on(name):
     """Return how many images a benchmark that counts iterations trains on."""
     config = getattr(CONFIG.benchmarks, name)
-    return config.iterations * config.batch_size
+    return config.iterations * config.batch_size * getattr(config, "trials", 1)
 
 
 def minutes(images, per_second):

@@ -26,7 +26,7 @@ rule imagenet_linear_record:
         * minutes(images("imagenet", "train") * CONFIG.benchmarks.imagenet_linear.epochs, per_second=1_000),
     params:
         config=benchmark_block("imagenet_linear"),
-        work="<results>/{model}/work/imagenet_linear",
+        work=work_folder("imagenet_linear"),
     shell:
         "python -m simclr imagenet_linear --model {wildcards.model} --backbone {input.backbone}"
         " --dataset {input.dataset} --config {params.config:q} --work {params.work:q} --output {output}"

@@ -26,7 +26,7 @@ rule imagenet_mhead_record:
         * minutes(images("imagenet", "train") * CONFIG.benchmarks.imagenet_mhead.epochs, per_second=1_000),
     params:
         config=benchmark_block("imagenet_mhead"),
-        work="<results>/{model}/work/imagenet_mhead",
+        work=work_folder("imagenet_mhead"),
     shell:
         "python -m simclr imagenet_mhead --model {wildcards.model} --backbone {input.backbone}"
         " --dataset {input.dataset} --config {params.config:q} --work {params.work:q} --output {output}"

@@ -26,7 +26,7 @@ rule imagenet_semi_record:
         * minutes(images("imagenet", "train") * CONFIG.benchmarks.imagenet_semi.epochs, per_second=1_000),
     params:
         config=benchmark_block("imagenet_semi"),
-        work="<results>/{model}/work/imagenet_semi",
+        work=work_folder("imagenet_semi"),
     shell:
         "python -m simclr imagenet_semi --model {wildcards.model} --backbone {input.backbone}"
         " --dataset {input.dataset} --config {params.config:q} --work {params.work:q} --output {output}"

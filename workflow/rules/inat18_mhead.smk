@@ -26,7 +26,7 @@ rule inat18_mhead_record:
         * minutes(images("inat18", "train") * CONFIG.benchmarks.inat18_mhead.epochs, per_second=1_000),
     params:
         config=benchmark_block("inat18_mhead"),
-        work="<results>/{model}/work/inat18_mhead",
+        work=work_folder("inat18_mhead"),
     shell:
         "python -m simclr inat18_mhead --model {wildcards.model} --backbone {input.backbone}"
         " --dataset {input.dataset} --config {params.config:q} --work {params.work:q} --output {output}"

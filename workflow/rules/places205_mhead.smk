@@ -26,7 +26,7 @@ rule places205_mhead_record:
         * minutes(images("places205", "train") * CONFIG.benchmarks.places205_mhead.epochs, per_second=1_000),
     params:
         config=benchmark_block("places205_mhead"),
-        work="<results>/{model}/work/places205_mhead",
+        work=work_folder("places205_mhead"),
     shell:
         "python -m simclr places205_mhead --model {wildcards.model} --backbone {input.backbone}"
         " --dataset {input.dataset} --config {params.config:q} --work {params.work:q} --output {output}"

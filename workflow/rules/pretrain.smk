@@ -6,8 +6,8 @@ rule pretrain:
     and nothing is trained again because a machine has more of them.
     """
     input:
-        dataset=lambda wildcards: "<results>/datasets/"
-        + f"{CONFIG.models[wildcards.model].pretrain.dataset}.json",
+        # A dataset verified again is no reason to train again; other images are: raise the recipe's version.
+        dataset=ancient("<results>/datasets/imagenet.json"),
     output:
         backbone="<results>/{model}/backbone.safetensors",
         loss="<results>/{model}/pretrain.csv",
@@ -31,9 +31,12 @@ rule pretrain:
         ),
     params:
         config=source_block,
-        work="<results>/{model}/work/pretrain",
+        work=work_folder("pretrain"),
         python=lambda wildcards, resources: (
-            f"torchrun --standalone --nproc-per-node={resources.gpu}" if resources.gpu > 1 else "python"
+            "TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 "
+            f"torchrun --standalone --nproc-per-node={resources.gpu}"
+            if resources.gpu > 1
+            else "python"
         ),
     shell:
         "{params.python} -m simclr pretrain --dataset {input.dataset} --config {params.config:q}"

@@ -18,14 +18,14 @@ rule voc0712_detection_record:
         "<results>/{model}/times/voc0712_detection.tsv"
     conda:
         "../../envs/detectron2.yaml"
-    threads: cores
+    threads: lambda wildcards: 8 * node_gpus(wildcards) or 1
     resources:
-        gpu=gpu,
-        mem_mb=lambda wildcards, attempt: attempt * (3_000 + 32_000 * gpu(wildcards)),
+        gpu=node_gpus,
+        mem_mb=lambda wildcards, attempt: attempt * (3_000 + 32_000 * node_gpus(wildcards)),
         runtime=lambda wildcards, attempt: attempt * minutes(trained_on("voc0712_detection"), per_second=20),
     params:
         config=benchmark_block("voc0712_detection"),
-        work="<results>/{model}/work/voc0712_detection",
+        work=work_folder("voc0712_detection"),
     shell:
         "python -m simclr voc0712_detection --model {wildcards.model} --backbone {input.backbone}"
         " --dataset {input.dataset} --config {params.config:q} --work {params.work:q} --output {output}"

@@ -26,7 +26,7 @@ rule voc12aug_segmentation_record:
         * minutes(trained_on("voc12aug_segmentation"), per_second=20),
     params:
         config=benchmark_block("voc12aug_segmentation"),
-        work="<results>/{model}/work/voc12aug_segmentation",
+        work=work_folder("voc12aug_segmentation"),
     shell:
         "python -m simclr voc12aug_segmentation --model {wildcards.model} --backbone {input.backbone}"
         " --dataset {input.dataset} --config {params.config:q} --work {params.work:q} --output {output}"
