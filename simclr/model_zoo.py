@@ -37,6 +37,11 @@ class Reference(Closed):
     source: str = Field(description="Repository, version and file, or paper and table.")
     checkpoint: str = Field(description="The weights that the number was measured on.")
     like_for_like: bool = Field(description="Same recipe, same protocol, same kind of weights.")
+    recipe: dict[str, Any] | None = Field(
+        None,
+        description="What its weights' recipe has other than the defaults of the step that makes ours; "
+        "null: not compared.",
+    )
     note: str = Field(min_length=1, description="Why it is, or is not, like for like.")
     values: dict[Literal[BENCHMARKS], dict[str, FiniteFloat]] = Field(
         min_length=1, description="Benchmark → metric → value, as COLUMNS names them."
@@ -48,6 +53,12 @@ class Reference(Closed):
             unknown = set(values) - set(load(benchmark).COLUMNS)
             if unknown:
                 raise ValueError(f"{benchmark} has no column {', '.join(sorted(unknown))}")
+        return self
+
+    @model_validator(mode="after")
+    def _like_for_like_has_a_recipe(self) -> Reference:
+        if self.like_for_like and self.recipe is None:
+            raise ValueError("like_for_like: true needs `recipe`, with which a model's recipe is compared")
         return self
 
 
@@ -141,11 +152,13 @@ def _data_notes(config: Config) -> list[Block]:
     notes = []
     for name in type(config.datasets).model_fields:
         dataset = config.dataset(name)
-        if dataset and (changed := _differences(dataset, type(dataset)(), exclude={"root", "decode"})):
+        if dataset is None:
+            continue
+        if changed := _differences(dataset, type(dataset)(), "published", {"root", "decode", "version"}):
             notes.append(f"{name}: {changed}")
     for name in type(config.features).model_fields:
         ours, theirs = (getattr(c, name) for c in (config.features, type(config.features)()))
-        if changed := _differences(ours, theirs, exclude={"batch_size"}):
+        if changed := _differences(ours, theirs, "default", {"batch_size", "version"}):
             notes.append(f"features of {name}: {changed}")
     if not notes:
         return []
@@ -160,7 +173,8 @@ def _models(config: Config, folder: Path) -> list[Block]:
     table, pictures = [], []
     for name, model in config.models.items():
         source = getattr(model, model.source)
-        changed = _differences(source, type(source).model_construct(), exclude={"version", "path"})
+        place = {"version", "path", "url", "sha256"}  # where weights lie is no deviation
+        changed = _differences(source, type(source).model_construct(), "default", place)
         table.append([Cell(name), Cell(source.architecture), Cell(model.source), Cell(changed or DASH)])
         curve = folder / name / "pretrain.png"
         if curve.exists():
@@ -183,7 +197,8 @@ def _section(
                 continue
             if not any(name in reference.values for name in names):
                 continue
-            footnotes.append(_footnote(len(footnotes) + 1, reference))
+            differs = _differs(reference, list(ours.values()), config)
+            footnotes.append(_footnote(len(footnotes) + 1, reference, differs))
             label = Cell(f"published [{len(footnotes)}]", emphasis=True)
             cells = (Cell(_published(reference, ours.get(n), n, k, c), emphasis=True) for n, k, c in columns)
             table.append([label, *cells])
@@ -209,11 +224,37 @@ def _published(reference: Reference, ours: results.Record | None, name: str, key
     return f"{text} ({ours.metrics[key] - value:+.2f})"
 
 
-def _footnote(number: int, reference: Reference) -> str:
-    verdict = "like for like" if reference.like_for_like else "not like for like"
-    return (
-        f"[{number}] {reference.source}; weights {reference.checkpoint}; {verdict}: {reference.note.strip()}"
+def _differs(reference: Reference, ours: list[results.Record], config: Config) -> list[str]:
+    """Return in what the records beside a published row depart from it, and where the page tells more."""
+    said = []
+    if _data_notes(config):
+        said.append("data (see the top of the page)")
+    if reference.recipe is not None and _recipe_differs(reference, config):
+        said.append("weights (see Models)")
+    if any(_deviations(r, exclude={"version", "engine"}) for r in ours if r.benchmark in reference.values):
+        said.append("protocol (see below)")
+    return said
+
+
+def _recipe_differs(reference: Reference, config: Config) -> str:
+    model = config.models[reference.model]
+    source = getattr(model, model.source)
+    theirs = type(source).model_construct().model_dump(mode="json") | (reference.recipe or {})
+    # Another seed is another draw of the same recipe.
+    return _difference(
+        source.model_dump(mode="json"), theirs, "published", {"version", "path", "url", "seed"}
     )
+
+
+def _footnote(number: int, reference: Reference, differs: list[str]) -> str:
+    note = reference.note.strip()
+    if not reference.like_for_like:
+        note = f"not like for like: {note}"
+    elif not differs:
+        note = f"like for like: {note}"
+    if differs:
+        note += f"; but this run differs from the published one in {', '.join(differs)}"
+    return f"[{number}] {reference.source}; weights {reference.checkpoint}; {note}"
 
 
 def _protocols(names: tuple[str, ...], rows: Rows) -> list[str]:
@@ -231,16 +272,22 @@ def _protocols(names: tuple[str, ...], rows: Rows) -> list[str]:
 
 
 def _protocol(record: results.Record) -> str:
-    current = load(record.benchmark).Config()
-    changed = _difference(record.config, current.model_dump(mode="json"), exclude={"version"})
+    changed = _deviations(record, exclude={"version"})
     trials = sorted({spread.trials for spread in record.spread.values()})
     said = [f"protocol version {record.protocol_version}"]
     if "engine" in record.details:
         said.append(f"engine {record.details['engine']}")
     if trials:
         said.append(f"± over {' or '.join(map(str, trials))} trials")
-    said.append(f"differs from the published protocol in {changed}" if changed else "as published")
+    said.append(
+        f"differs from the protocol's defaults in {changed}" if changed else "the protocol's defaults"
+    )
     return "; ".join(said)
+
+
+def _deviations(record: results.Record, exclude: set[str]) -> str:
+    defaults = load(record.benchmark).Config().model_dump(mode="json")
+    return _difference(record.config, defaults, "protocol", exclude)
 
 
 def _reasons(names: tuple[str, ...], rows: Rows, config: Config) -> list[str]:
@@ -262,18 +309,20 @@ def _reasons(names: tuple[str, ...], rows: Rows, config: Config) -> list[str]:
 
 
 def _provenance(rows: Rows, config: Config, folder: Path) -> list[Block]:
-    table, checkpoints = [], {}
+    table, checkpoints, manifests = [], {}, {}
     for pair in ((model, name) for model in config.models for name in BENCHMARKS):
         if pair not in rows:
             continue
         path, record = rows[pair]
         checkpoints.setdefault(record.model, set()).add(record.checkpoint_sha256[:12])
+        manifest = record.dataset.manifest_sha256[:12]
+        manifests.setdefault(record.benchmark, {}).setdefault(manifest, []).append(record.model)
         table.append(
             [
                 Cell(record.model),
                 Cell(record.benchmark, href=_relative(path, folder)),
                 Cell(record.checkpoint_sha256[:12]),
-                Cell(f"{record.dataset.name} {record.dataset.manifest_sha256[:12]}"),
+                Cell(f"{record.dataset.name} {manifest}"),
                 Cell(_commit(record)),
                 Cell(", ".join(record.hardware.get("gpus", [])) or f"{record.hardware.get('cores')} cores"),
                 Cell(f"{record.seconds:.0f}"),
@@ -284,6 +333,13 @@ def _provenance(rows: Rows, config: Config, folder: Path) -> list[Block]:
         for model, found in checkpoints.items()
         if len(found) > 1
     ]
+    for name, found in manifests.items():
+        if len(found) > 1:
+            listing = "; ".join(f"{manifest}: {', '.join(models)}" for manifest, models in found.items())
+            mixed.append(
+                f"{name}: its records come from {len(found)} different dataset manifests ({listing}) and do "
+                "not compare; run `snakemake all`"
+            )
     header = ["Model", "Record", "Weights (SHA-256)", "Dataset manifest", "Commit", "Hardware", "Seconds"]
     return [Heading(2, "Provenance"), Table(header, table), Notes(mixed)]
 
@@ -297,19 +353,22 @@ def _relative(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path, folder)).as_posix()
 
 
-def _differences(ours: Closed, theirs: Closed, exclude: set[str]) -> str:
-    return _difference(ours.model_dump(mode="json"), theirs.model_dump(mode="json"), exclude)
+def _differences(ours: Closed, theirs: Closed, word: str, exclude: set[str]) -> str:
+    return _difference(ours.model_dump(mode="json"), theirs.model_dump(mode="json"), word, exclude)
 
 
-def _difference(ours: dict[str, Any], theirs: dict[str, Any], exclude: set[str]) -> str:
-    """Return "key = value (published value)" for every key that differs; "" where none does."""
+def _difference(ours: dict[str, Any], theirs: dict[str, Any], word: str, exclude: set[str]) -> str:
+    """Return "key = value (word value)" for every key that differs; "" where none does.
+
+    `word` says whose the value in brackets is: published, protocol, default.
+    """
     ours, theirs = _flat(ours), _flat(theirs)
     said = []
     for key in [*ours, *(key for key in theirs if key not in ours)]:
         if key.partition(".")[0] in exclude or (key in ours and key in theirs and ours[key] == theirs[key]):
             continue
         value, other = (json.dumps(d[key]) if key in d else "absent" for d in (ours, theirs))
-        said.append(f"{key} = {value}" + (f" (published {other})" if key in theirs else ""))
+        said.append(f"{key} = {value}" + (f" ({word} {other})" if key in theirs else ""))
     return ", ".join(said)
 
 

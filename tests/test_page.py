@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from simclr import BadInput, model_zoo, results
+from simclr import config as config_file
 from simclr.benchmarks import BENCHMARKS, load
 from simclr.config import Config, parse
 
@@ -130,7 +131,7 @@ def test_published_rows_stand_beside_the_model_of_that_name_alone(tmp_path):
     published = ("47.80 (+1.00)", "48.40 (+0.00)", "46.70 (+0.00)", "45.20 (+0.00)")
     assert rows[1] == r"| *published \[1\]* | " + " | ".join(f"*{value}*" for value in published) + " |"
     assert rows[2].startswith("| other |")
-    assert "weights not stated; 20220225-97d2abef or older; not like for like: " in page
+    assert "weights 20220225-97d2abef, not stated explicitly; not like for like: " in page
     assert "mmselfsup v0.11.0" in page
 
 
@@ -159,12 +160,60 @@ def test_protocols_are_never_mixed_silently(tmp_path):
         a_record("b", "imagenet_knn", KNN, config=other),
     )
     notes = section(page, HEADINGS[5])
-    assert "imagenet_knn (a; not comparable with the others): protocol version 1; as published" in notes
     assert (
-        "imagenet_knn (b; not comparable with the others): protocol version 1; differs from the published "
+        "imagenet_knn (a; not comparable with the others): protocol version 1; the protocol's defaults"
         in notes
     )
-    assert "temperature = 0.1 (published 0.07)" in notes
+    assert (
+        "imagenet_knn (b; not comparable with the others): protocol version 1; differs from the protocol's "
+        "defaults in temperature = 0.1 (protocol 0.07)" in notes
+    )
+
+
+def test_only_a_run_of_that_recipe_protocol_and_data_is_called_like_for_like(tmp_path):
+    def footnote(whole: Config, **changes) -> str:
+        record = a_record(ZOO, "imagenet_linear", {"avgpool": 62.0}, **changes)
+        page = section(made(tmp_path, whole, record), "ImageNet Linear Evaluation")
+        return next(line for line in page.splitlines() if "20220428-46ef6bb9" in line)
+
+    def changed(datasets=None, **recipe) -> Config:
+        content = {
+            "datasets": datasets or {"imagenet": {"root": "data"}},
+            "models": {ZOO: {"pretrain": {"gradient_divisor": 8} | recipe}},
+            "benchmarks": {"imagenet_linear": {}},
+        }
+        return parse(Config, content, "-")
+
+    shipped = footnote(changed(seed=3))
+    assert "; like for like: weights and protocol of v0.9.0" in shipped
+    assert "but this run differs" not in shipped
+
+    config = load("imagenet_linear").Config(epochs=3).model_dump(mode="json")
+    fewer = {"imagenet": {"root": "data", "images": {"train": 28, "val": 4}}}
+    for line, where in (
+        (footnote(changed(gradient_divisor=1)), "weights (see Models)"),
+        (footnote(changed(epochs=800)), "weights (see Models)"),
+        (footnote(changed(), config=config), "protocol (see below)"),
+        (footnote(changed(fewer)), "data (see the top of the page)"),
+    ):
+        assert "like for like" not in line
+        assert line.endswith(f"; but this run differs from the published one in {where}")
+
+
+def test_the_zoo_is_like_for_like_with_the_rows_that_say_so():
+    shipped = config_file.read(ROOT / "config/config.yaml")
+    for reference in model_zoo.read_published(PUBLISHED):
+        if reference.like_for_like:
+            assert model_zoo._differs(reference, [], shipped) == [], reference.model
+
+
+def test_models_tell_deviations_from_defaults_and_not_where_weights_lie(tmp_path):
+    table = section(made(tmp_path, config_file.read(ROOT / "config/config.yaml")), "Models")
+    assert (
+        "gradient\\_divisor = 8.0 (default 1.0)" in table or "gradient_divisor = 8.0 (default 1.0)" in table
+    )
+    assert "| resnet50_torchvision-supervised | resnet50 | import_checkpoint | – |" in table
+    assert "(published" not in table
 
 
 def test_the_engine_is_named(tmp_path):
@@ -188,7 +237,7 @@ def test_other_data_than_the_published_is_said_first(tmp_path):
     page = made(tmp_path, config)
     assert page.index("not the published datasets") < page.index("## Models")
     assert "imagenet: classes = 10 (published 1000), images.train = 28 (published 1281167)" in page
-    assert "features of imagenet: crop = 48 (published 224)" in page
+    assert "features of imagenet: crop = 48 (default 224)" in page
     assert "not the published datasets" not in made(tmp_path, a_config("a", imagenet_knn={}))
 
 
@@ -218,6 +267,23 @@ def test_provenance_links_every_record(tmp_path):
     stamps = "abababababab | imagenet cdcdcdcdcdcd | 0123456789ab | 2 cores | 12"
     assert f"| a | [imagenet_knn](a/imagenet_knn.json) | {stamps} |" in notes
     assert "its records come from 2 different checkpoints" in notes
+
+
+def test_records_of_one_benchmark_from_two_states_of_a_dataset_are_named(tmp_path):
+    def notes(other: str) -> str:
+        records = (
+            a_record(
+                model, "imagenet_knn", KNN, dataset={"name": "imagenet", "manifest_sha256": manifest * 32}
+            )
+            for model, manifest in (("a", "cd"), ("b", other))
+        )
+        return section(made(tmp_path, a_config("a", "b", imagenet_knn={}), *records), "Provenance")
+
+    assert (
+        "imagenet_knn: its records come from 2 different dataset manifests (cdcdcdcdcdcd: a; efefefefefef: b)"
+        in notes("ef")
+    )
+    assert "different dataset manifests" not in notes("cd")
 
 
 def test_what_a_name_holds_cannot_break_the_page(tmp_path):
@@ -274,6 +340,7 @@ def test_a_record_in_the_wrong_place_or_of_no_model_is_refused(tmp_path):
         ({"values": {"imagenet_kn": {"k10": 1.0}}}, "imagenet_kn"),
         ({"like_for_like": "perhaps"}, "0.like_for_like"),
         ({"sorce": "?"}, "0.sorce"),
+        ({"like_for_like": True, "recipe": None}, "like_for_like: true needs `recipe`"),
     ],
 )
 def test_a_wrong_published_row_is_named(tmp_path, change, said):
@@ -288,3 +355,29 @@ def test_a_wrong_published_row_is_named(tmp_path, change, said):
 def test_the_published_rows_are_of_models_of_the_zoo():
     zoo = yaml.safe_load((ROOT / "config/config.yaml").read_text())["models"]
     assert {reference.model for reference in model_zoo.read_published(PUBLISHED)} <= set(zoo)
+
+
+# MMSelfSup v0.11.0, configs/selfsup/simclr/README.md: the SimCLR rows of the page that this one regenerates.
+README_V0_11 = {
+    (ZOO, "voc07_svm"): (5, 79.98),
+    (ZOO, "voc07_lowshot"): (35.02, 42.79, 54.87, 61.91, 67.38, 71.88, 75.56, 77.4),
+    (ZOO, "imagenet_mhead"): (16.29, 31.11, 39.99, 55.06, 62.91),
+    (ZOO, "imagenet_linear"): (62.56,),
+    ("resnet50_16xb256-coslr-200e", "imagenet_mhead"): (15.44, 31.47, 41.83, 59.44, 66.41),
+    ("resnet50_16xb256-coslr-200e", "imagenet_linear"): (66.66,),
+    (ZOO, "places205_mhead"): (20.60, 33.62, 38.86, 45.25, 50.91),
+    (ZOO, "imagenet_knn"): (47.8, 48.4, 46.7, 45.2),
+    (ZOO, "voc0712_detection"): (79.38, None, None),
+    (ZOO, "coco2017_detection"): (38.7, 58.1, 42.4, 34.9, 55.3, 37.5),
+    (ZOO, "voc12aug_segmentation"): (64.03,),
+}
+
+
+def test_the_rows_of_mmselfsup_are_its_figures():
+    found = {}
+    for reference in model_zoo.read_published(PUBLISHED):
+        if reference.source.startswith("open-mmlab/mmselfsup v0.11.0"):
+            for name, values in reference.values.items():
+                assert (reference.model, name) not in found
+                found[reference.model, name] = tuple(values.get(key) for key in load(name).COLUMNS)
+    assert found == README_V0_11
