@@ -62,9 +62,11 @@ def write(record: Record, path: Path) -> None:
 def read(path: Path) -> Record:
     """Read and validate a record; raises `BadInput` naming the file and the offending key."""
     try:
-        return Record.model_validate_json(Path(path).read_text())
+        return Record.model_validate_json(Path(path).read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BadInput(f"{path}: no such record; make it with `snakemake {path}`") from error
+    except IsADirectoryError as error:
+        raise BadInput(f"{path}: expected a record, found a folder; give <model>/<benchmark>.json") from error
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

@@ -87,6 +87,14 @@ def test_a_record_that_is_missing_or_cut_off_says_what_to_type(tmp_path):
         results.read(tmp_path / "cut.json")
 
 
+def test_a_record_that_is_a_folder_or_not_text_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="expected a record, found a folder"):
+        results.read(tmp_path)
+    (tmp_path / "latin.json").write_bytes('{"model": "é"}'.encode("latin-1"))
+    with pytest.raises(BadInput, match="latin.json: not a valid record: file: "):
+        results.read(tmp_path / "latin.json")
+
+
 def test_details_that_json_cannot_hold_leave_the_old_record(tmp_path, monkeypatch):
     path = run(tmp_path, monkeypatch, Metrics({"k10": 1.0}))
     before = path.read_bytes()
