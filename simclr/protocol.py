@@ -8,9 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Closed(BaseModel):
-    """A config block in which every unknown key is an error."""
+    """A config block in which every unknown key, and every number that is not finite, is an error.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    Numbers may stand in quotes: YAML 1.1 reads an unquoted 1e-6 as text.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Protocol(Closed):

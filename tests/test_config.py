@@ -64,6 +64,16 @@ def test_the_defaults_of_every_benchmark_can_be_built():
         ({"datasets": {"imagenet": {"root": None}}}, ["needs datasets.imagenet.root", "model a"]),
         ({"datasets": {}, "benchmarks": {}}, ["models.a.pretrain needs datasets.imagenet.root"]),
         ({"features": {"imagenet": {"crop": 48}}}, ["features.imagenet", "use adaptive"]),
+        (
+            {"models": {"a": {"pretrain": {"weight_decay": float("inf")}}}},
+            ["a.pretrain.weight_decay", "finite number", "found inf"],
+        ),
+        ({"benchmarks": {"imagenet_knn": {"temperature": float("nan")}}}, ["temperature", "finite number"]),
+        ({"output": "my results"}, ["output: expected", "letters, digits and . _ - /", "'my results'"]),
+        ({"output": "r'; touch x"}, ["output: expected"]),
+        ({"output": "-r"}, ["output: expected", "not beginning with -"]),
+        ({"output": "results/{model}"}, ["output: expected"]),
+        ({"demo_data": "$HOME/data"}, ["demo_data: expected", "'$HOME/data'"]),
     ],
 )
 def test_what_cannot_be_used_is_named(changes, said):
@@ -88,6 +98,45 @@ def test_a_file_that_is_not_there_or_not_yaml(tmp_path):
     broken.write_text("models: [")
     with pytest.raises(BadInput, match="not valid YAML"):
         config.read(broken)
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "my.yaml"
+    path.write_text(text)
+    return path
+
+
+CONTENT = """
+datasets: {imagenet: {root: data}}
+models:
+  a: {pretrain: {weight_decay: %s}}
+benchmarks: {imagenet_knn: {}}
+"""
+
+
+def test_infinity_in_yaml_is_refused_and_an_exponent_without_a_point_is_a_number(tmp_path):
+    with pytest.raises(BadInput, match=r"models\.a\.pretrain\.weight_decay: input should be a finite number"):
+        config.read(written(tmp_path, CONTENT % ".inf"))
+    read = config.read(written(tmp_path, CONTENT % "1e-6"))
+    assert read.block("models", "a", "pretrain") == {"version": 1, "weight_decay": 1e-6}
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        (CONTENT % 0 + "models: {b: {random_init: {}}}\n", "models"),
+        (CONTENT % "0, weight_decay: 1", "weight_decay"),
+    ],
+)
+def test_a_key_that_stands_twice_is_named(tmp_path, text, key):
+    with pytest.raises(BadInput, match=rf"my\.yaml: .*the key {key} stands twice in one block.* line \d"):
+        config.read(written(tmp_path, text))
+
+
+def test_a_key_may_override_a_merged_block(tmp_path):
+    recipes = "a: {pretrain: &recipe {epochs: 30, seed: 1}}\n  b: {pretrain: {<<: *recipe, epochs: 40}}"
+    whole = config.read(written(tmp_path, CONTENT.replace("a: {pretrain: {weight_decay: %s}}", recipes)))
+    assert (whole.models["b"].pretrain.epochs, whole.models["b"].pretrain.seed) == (40, 1)
 
 
 def test_a_model_may_run_a_part_of_the_benchmarks_in_page_order():

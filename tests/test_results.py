@@ -91,7 +91,7 @@ def test_a_record_that_is_a_folder_or_not_text_is_refused(tmp_path):
     with pytest.raises(BadInput, match="expected a record, found a folder"):
         results.read(tmp_path)
     (tmp_path / "latin.json").write_bytes('{"model": "é"}'.encode("latin-1"))
-    with pytest.raises(BadInput, match="latin.json: not a valid record: file: "):
+    with pytest.raises(BadInput, match=r"latin\.json: not a valid record: file: "):
         results.read(tmp_path / "latin.json")
 
 
