@@ -44,6 +44,7 @@ from simclr.transforms import two_views
 SAVE_SECONDS = 120  # between two rolling checkpoints
 KEPT = 2  # rolling checkpoints: the newest, and one to fall back to
 ROWS = 1000  # of pretrain.csv, at most (and one more)
+CPU_THREADS = torch.get_num_threads()  # of this job, before they are divided
 DECODED_BYTES = 256 * 2**20  # a dataset that is smaller in memory is decoded once
 STOPPED = 75  # exit status after SIGTERM or SIGUSR1: saved, start again to go on (EX_TEMPFAIL of sysexits.h)
 
@@ -219,14 +220,23 @@ def decode_all(paths: Sequence[Path], limit: int = DECODED_BYTES) -> list[Image.
 
 def load(config: Recipe, paths: Sequence[Path], first_step: int, device: torch.device) -> DataLoader:
     """Return a loader of `(n, 2, 3, H, W)` views of this process's images, one item per step to the end."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return DataLoader(
         Views(config, paths),
         batch_sampler=keys(config, len(paths), first_step),
-        num_workers=min(max(cores - 1, 1), 16),
+        num_workers=divide_cores(device),
         pin_memory=device.type == "cuda",
         worker_init_fn=_leave_signals_to_the_trainer,
     )
+
+
+def divide_cores(device: torch.device) -> int:
+    """Return how many processes make views; on the CPU, which also trains, half of the job's cores."""
+    if device.type == "cuda":
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return min(max(cores - 1, 1), 16)
+    workers = max(CPU_THREADS // 2, 1)
+    torch.set_num_threads(max(CPU_THREADS - workers, 1))
+    return workers
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
