@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from simclr import BadInput
 from simclr.config import Dataset as Block
@@ -28,6 +29,17 @@ from simclr.results import DatasetStamp, replacing, sha256
 MANIFEST_VERSION = 1
 VOID = 255  # the label of mask pixels that count for nothing
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
+
+ORIENTATION = 0x0112  # the EXIF tag
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 VOC_CLASSES = (
     *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -128,15 +140,23 @@ def decode(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
     """
     try:
         with Image.open(path) as image:
-            if image.size != size:
-                ImageOps.exif_transpose(image, in_place=True)
-            return image.convert("RGB")
+            rgb = image.convert("RGB")
+            method = None if image.size == size else UPRIGHT.get(_orientation(image))
+        return rgb if method is None else rgb.transpose(method)
     except FileNotFoundError as error:
         raise BadInput(f"{path}: no such image; restore it, then verify the dataset again") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise BadInput(
             f"{path}: cannot be decoded ({error}); replace it by an intact copy and verify the dataset again"
         ) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of a loaded image, 1 … 8; 1 when it has none that can be read."""
+    try:
+        return image.getexif().get(ORIENTATION, 1)
+    except (SyntaxError, ValueError, OSError, struct.error):
+        return 1  # Damaged EXIF, which occurs in the published datasets, is no damage to the image.
 
 
 @dataclass(frozen=True)

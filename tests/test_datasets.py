@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from simclr import BadInput, config, datasets
@@ -374,7 +374,8 @@ def test_voc_lists_and_annotations_that_do_not_fit(copied, tmp_path):
     lists = root / "VOC2007/ImageSets/Main"
     lines = (lists / "bird_test.txt").read_text().splitlines(keepends=True)
     (lists / "bird_test.txt").write_text("".join(lines[1:]))
-    refused("voc2007", values, tmp_path, lists / "bird_test.txt", "expected the 120 image ids of test.txt")
+    expected = f"expected the {values.images['test']} image ids of test.txt"
+    refused("voc2007", values, tmp_path, lists / "bird_test.txt", expected)
     (lists / "bird_test.txt").write_text("".join([lines[0].split()[0] + " 7\n", *lines[1:]]))
     refused("voc2007", values, tmp_path, lists / "bird_test.txt", "line 1", "unpack")
     (lists / "bird_test.txt").unlink()
@@ -553,6 +554,35 @@ def test_decode_applies_the_exif_orientation(tmp_path):
     assert datasets.decode(tmp_path / "a.jpg", size=(20, 30)).size == (20, 30)
 
 
+@pytest.mark.parametrize("orientation", range(10))
+def test_decode_turns_as_every_orientation_says(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.effect_noise((30, 20), 90).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored).convert("RGB"))
+    assert np.array_equal(datasets.decode(tmp_path / "a.png"), expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # about the damage
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_decode_reads_an_image_whatever_is_wrong_with_its_exif(tmp_path, suffix):
+    exif = Image.Exif()
+    exif.update({0x0112: 6, 0x010F: "a maker", 0x011A: 72.0, 0x8769: {0x9003: "2007:01:01"}})
+    intact = exif.tobytes()
+    image = Image.effect_noise((30, 20), 90)
+    image.save(tmp_path / f"a.{suffix}")
+    stored = np.asarray(datasets.decode(tmp_path / f"a.{suffix}"))
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        damaged = bytearray(intact)
+        for position in rng.integers(6, len(intact), 4):
+            damaged[position] = rng.integers(256)
+        image.save(tmp_path / f"a.{suffix}", exif=bytes(damaged[: rng.integers(6, 2 * len(intact))]))
+        assert np.array_equal(datasets.decode(tmp_path / f"a.{suffix}", size=(30, 20)), stored)
+        assert sorted(datasets.decode(tmp_path / f"a.{suffix}").size) == [20, 30]
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK", "P", "RGBA", "1"])
 def test_decode_returns_rgb(tmp_path, mode):
     suffix = "jpg" if mode in ("L", "CMYK") else "png"
@@ -571,11 +601,12 @@ def test_decode_names_the_file_that_it_cannot_read(tmp_path):
 
 
 def test_images_through_a_loader_give_image_label_and_index(dataset):
-    samples = datasets.samples(dataset("voc2007"), "test")
+    opened = dataset("voc2007")
+    samples = datasets.samples(opened, "test")
     images = datasets.Images(
         samples.paths, samples.labels, lambda image: np.asarray(image.resize((4, 4)), np.float32)
     )
-    assert len(images) == 120
+    assert len(images) == opened.images["test"]
     pixels, labels, indices = next(iter(DataLoader(images, batch_size=5, num_workers=1)))
     assert pixels.shape == (5, 4, 4, 3)
     assert labels.tolist() == samples.labels[:5].tolist()
