@@ -130,7 +130,7 @@ class FeatureSet(Closed):
 
 PUBLISHED_FEATURES = {
     "voc2007": {"transform": "squash"},
-    "imagenet": {"layers": ["avgpool"], "dtype": "float16"},
+    "imagenet": {"layers": ["avgpool"], "dtype": "float16"},  # published: float32, of twice the size
 }
 
 
@@ -139,7 +139,9 @@ class FeatureSets(Closed):
 
     voc2007: FeatureSet = Field({}, description="For the SVMs; transform: squash unless it says otherwise.")
     imagenet: FeatureSet = Field(
-        {}, description="For nearest neighbours; layers: [avgpool], dtype: float16 unless it says otherwise."
+        {},
+        description="For nearest neighbours; layers: [avgpool], dtype: float16 (published: float32) "
+        "unless it says otherwise.",
     )
 
     @model_validator(mode="before")
