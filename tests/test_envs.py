@@ -103,6 +103,14 @@ def test_an_environment_has_all_that_its_modules_import(env):
     assert needed(env) - set(listed(env)) == set()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "workflow/rules").glob("*.smk")), ids=lambda p: p.stem)
+def test_rules_take_the_environment_that_is_held_against_their_modules(path):
+    envs = set(re.findall(r'"\.\./\.\./envs/(\w+)\.yaml"', path.read_text()))
+    module = f"simclr.benchmarks.{path.stem}"
+    special = {env for env in ("detectron2", "mmseg") if module in STARTS[env]}
+    assert envs <= (special or {"simclr"})
+
+
 def test_what_is_imported_is_found_through_modules_and_functions():
     assert {"torch", "pillow", "pycocotools", "detectron2", "safetensors", "tqdm"} <= needed("detectron2")
     assert "scikit-learn" not in needed("mmseg")
