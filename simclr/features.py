@@ -157,7 +157,10 @@ def _dims(model: ResNet, config: FeatureSet) -> dict[str, int]:
 
 def _layers(model: ResNet, images: Tensor, config: FeatureSet) -> dict[str, Tensor]:
     """Return the configured layers of `images` `(N, 3, H, W)`, each `(N, D)`, in the configured type."""
-    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+    cudnn = torch.backends.cudnn
+    kept = {"enabled": cudnn.enabled, "benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic}
+    # `flags` would set what it is not told to its own defaults, of which one is cuDNN off.
+    with torch.inference_mode(), cudnn.flags(**kept, allow_tf32=False):
         maps = model.forward_features(images)
         pooled = pool({name: maps[name] for name in config.layers}, config.pooling)
         return {name: values.to(getattr(torch, config.dtype)) for name, values in pooled.items()}

@@ -336,3 +336,19 @@ def test_features_of_another_checkpoint_or_dataset_do_not_mix(folder):
     other = {"name": "voc2007", "manifest_sha256": "b" * 64}
     with pytest.raises(BadInput, match="one dataset"):
         provenance({"train": train, "test": test(dataset=other)})
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_only_tf32_is_switched_off_for_the_features(monkeypatch, enabled):
+    cudnn, model = torch.backends.cudnn, resnet(ARCHITECTURE).eval()
+    seen, forward = {}, model.forward_features
+
+    def spy(images):
+        seen.update({name: getattr(cudnn, name) for name in ("enabled", "benchmark", "allow_tf32")})
+        return forward(images)
+
+    monkeypatch.setattr(model, "forward_features", spy)
+    with cudnn.flags(enabled=enabled, benchmark=enabled, allow_tf32=True):
+        features._layers(model, torch.zeros(1, 3, 32, 32), FeatureSet(**SMALL))
+        assert cudnn.allow_tf32
+    assert seen == {"enabled": enabled, "benchmark": enabled, "allow_tf32": False}
