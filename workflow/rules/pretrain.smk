@@ -18,6 +18,7 @@ rule pretrain:
         "<results>/{model}/times/pretrain.tsv"
     wildcard_constraints:
         model=models_from("pretrain"),
+    priority: 1  # the longest way to the page begins first
     conda:
         "../../envs/simclr.yaml"
     threads: lambda wildcards: 8 * gpus(wildcards) or 4
