@@ -8,7 +8,6 @@ in the weights of one that was not (bit for bit on a CPU).
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import math
 import os
@@ -38,7 +37,7 @@ from simclr.datasets import Dataset
 from simclr.loss import nt_xent
 from simclr.model import projector, resnet
 from simclr.optim import LARS, SCHEDULES, parameter_groups
-from simclr.results import replacing
+from simclr.results import replacing, workplace
 from simclr.transforms import two_views
 
 SAVE_SECONDS = 120  # between two rolling checkpoints
@@ -52,56 +51,66 @@ STOPPED = 75  # exit status after SIGTERM or SIGUSR1: saved, start again to go o
 def pretrain(config: Recipe, dataset: Dataset, output: Path, work: Path) -> None:
     """Pretrain a backbone and write it to `output`, with pretrain.csv and pretrain.png beside it.
 
-    `work` is a folder for rolling checkpoints and TensorBoard's log: after a kill, the same command goes on
-    from there. SIGTERM and SIGUSR1 end the step, save, and exit with status 75. Under `torchrun` the batch is
-    divided over the processes. Raises `BadInput` for a batch that does not fit the images or the processes, a
-    `work` folder that is in use or belongs to another run, and a loss that is not finite.
+    `work` is a folder for rolling checkpoints and TensorBoard's log, in a folder of their own for each recipe
+    and images: after a kill, the same command goes on from there; another recipe starts afresh. SIGTERM and
+    SIGUSR1 end the step, save, and exit with status 75.
+
+    Under `torchrun` the batch is divided over the processes. With the environment variable
+    TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 it passes SIGUSR1 on, instead of dying of it; the
+    status of `torchrun` itself is then 1.
+
+    Raises `BadInput` for a batch that does not fit the images or the processes, while another process works
+    on the same run, and for a loss that is not finite.
     """
-    with distributed.process_group() as device, in_use(work), stop_signals() as signals:
+    with (
+        distributed.process_group() as device,
+        workplace(work, run_of(config, dataset)) as folder,
+        stop_signals() as signals,
+    ):
         paths = datasets.samples(dataset, "train").paths
         steps_per_epoch = count_steps(config, len(paths))
         steps = config.epochs * steps_per_epoch
-        claim(work, config, dataset)
 
         torch.manual_seed(config.seed)
         network = build(config).to(device, memory_format=torch.channels_last)
         optimizer = build_optimizer(config, network)
-        state = resume(work, network, optimizer, device)
+        state = resume(folder, network, optimizer, device)
         model = parallel(config, network, device).train()
         schedule, peak_lr = SCHEDULES[config.cosine], config.lr * config.batch_size / 256
-        log = Log(work, state["rows"], state["open_row"], steps)
         saved = time.monotonic()
 
-        for step, views in enumerate(load(config, paths, state["step"], device), start=state["step"]):
-            lr = schedule(step, steps_per_epoch, config.epochs, peak_lr, config.warmup_epochs)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            # Both views pass through the network as one batch, so BatchNorm sees them together.
-            images = views.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
-            with autocast(device):
-                z = model(images.contiguous(memory_format=torch.channels_last))
-            loss = nt_xent(*z.chunk(2), config.temperature)
-            check_finite(loss, step, lr, work)
-            optimizer.zero_grad()
-            (loss / config.gradient_divisor).backward()
-            optimizer.step()
+        with Log(folder, state["rows"], state["open_row"], steps) as log:
+            for step, views in enumerate(load(config, paths, state["step"], device), start=state["step"]):
+                lr = schedule(step, steps_per_epoch, config.epochs, peak_lr, config.warmup_epochs)
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                # Both views pass through the network as one batch, so BatchNorm sees them together.
+                images = views.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
+                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16(device)):
+                    z = model(images.contiguous(memory_format=torch.channels_last))
+                loss = nt_xent(*z.chunk(2), config.temperature)
+                check_finite(loss, step, lr, folder)
+                optimizer.zero_grad()
+                (loss / config.gradient_divisor).backward()
+                optimizer.step()
 
-            log.add(step, step // steps_per_epoch, lr, loss.item(), len(views) * distributed.world_size())
-            stopping = distributed.any_rank(bool(signals), device) and step + 1 < steps
-            if stopping or step + 1 == steps or time.monotonic() - saved > SAVE_SECONDS:
-                save(work, step + 1, network, optimizer, log)
-                saved = time.monotonic()
-            if stopping:
-                print(f"stopped after step {step + 1} of {steps}; the same command goes on", file=sys.stderr)
-                sys.exit(STOPPED)
+                log.add(step, step // steps_per_epoch, lr, loss.item(), len(views) * distributed.world_size())
+                stopping = distributed.any_rank(bool(signals), device) and step + 1 < steps
+                if stopping or step + 1 == steps or time.monotonic() - saved > SAVE_SECONDS:
+                    save(folder, step + 1, network, optimizer, log)
+                    saved = time.monotonic()
+                if stopping:
+                    print(
+                        f"stopped after step {step + 1} of {steps}; the same command goes on", file=sys.stderr
+                    )
+                    sys.exit(STOPPED)
 
-        log.close()
         if distributed.rank() == 0:
             write_csv(log.rows, output.with_name("pretrain.csv"))
             plot(log.rows, output.with_name("pretrain.png"))
             images_seen = config.epochs * min(steps_per_epoch * config.batch_size, len(paths))
             save_backbone(
-                output, network.backbone.state_dict(), metadata(config, dataset, images_seen, steps)
+                output, network.backbone.state_dict(), metadata(config, dataset, images_seen, steps, device)
             )
 
 
@@ -135,19 +144,17 @@ def parallel(config: Recipe, network: nn.Module, device: torch.device) -> nn.Mod
     return nn.parallel.DistributedDataParallel(network, devices, broadcast_buffers=False)
 
 
-def autocast(device: torch.device) -> torch.autocast:
-    """Return bfloat16 arithmetic where the device has it, else float32. (The published runs used float32.)"""
-    return torch.autocast(
-        device.type, torch.bfloat16, enabled=device.type == "cuda" and torch.cuda.is_bf16_supported()
-    )
+def bfloat16(device: torch.device) -> bool:
+    """Return whether the device has bfloat16 arithmetic. (The published runs used float32.)"""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def check_finite(loss: Tensor, step: int, lr: float, work: Path) -> None:
+def check_finite(loss: Tensor, step: int, lr: float, folder: Path) -> None:
     """Raise `BadInput` when the loss is not a finite number; the same on every rank, as the loss is."""
     if not torch.isfinite(loss):
         raise BadInput(
             f"step {step}: the loss is {loss.item()} at a learning rate of {lr:.3g}; lower `lr` or raise "
-            f"`warmup_epochs` or `temperature`, delete {work}, and start again"
+            f"`warmup_epochs` or `temperature`, delete {folder}, and start again"
         )
 
 
@@ -263,46 +270,12 @@ def stop_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def in_use(work: Path) -> Iterator[None]:
-    """Hold the `work` folder for one run at a time; raises `BadInput` when another run holds it."""
-    if int(os.environ.get("RANK", 0)) > 0:
-        yield
-        return
-    work.mkdir(parents=True, exist_ok=True)
-    with (work / "lock").open("a+") as file:
-        try:
-            # A POSIX lock, unlike flock's, is not inherited by a loader's worker that outlives the process.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BadInput(
-                f"{work}: another pretraining run is using this folder; wait for it or choose another --work"
-            ) from error
-        yield
+def run_of(config: Recipe, dataset: Dataset) -> dict[str, Any]:
+    """Return what makes two runs the same: the recipe, its version included, and the images."""
+    return {"recipe": config.model_dump(mode="json"), "dataset_manifest": dataset.dataset.manifest_sha256}
 
 
-def claim(work: Path, config: Recipe, dataset: Dataset) -> None:
-    """Mark `work` as this run's; raises `BadInput` naming what differs when it is another's."""
-    path = work / "run.json"
-    run = {**config.model_dump(mode="json"), "dataset manifest": dataset.dataset.manifest_sha256}
-    if distributed.rank() == 0 and not path.exists():
-        with replacing(path) as part:
-            part.write_text(json.dumps(run, indent=1) + "\n")
-    distributed.barrier()
-    theirs = json.loads(path.read_text())
-    differing = [
-        f"{key} is {theirs.get(key)!r} there and {run.get(key)!r} here"
-        for key in {**theirs, **run}
-        if theirs.get(key) != run.get(key)
-    ]
-    if differing:
-        raise BadInput(
-            f"{work}: this folder belongs to another run: {'; '.join(differing)}; delete it to start from "
-            "the beginning, or choose another --work"
-        )
-
-
-def save(work: Path, step: int, network: nn.Module, optimizer: torch.optim.Optimizer, log: Log) -> None:
+def save(folder: Path, step: int, network: nn.Module, optimizer: torch.optim.Optimizer, log: Log) -> None:
     """Write the state after `step` steps as a rolling checkpoint, whole or not at all, and drop old ones."""
     if distributed.rank() > 0:
         return
@@ -313,30 +286,29 @@ def save(work: Path, step: int, network: nn.Module, optimizer: torch.optim.Optim
         "rows": log.rows,
         "open_row": log.open_row,
     }
-    with replacing(work / f"checkpoint-{step:09d}.pt") as part:
+    with replacing(folder / f"checkpoint-{step:09d}.pt") as part:
         torch.save(state, part)
-    for old in sorted(work.glob("checkpoint-*.pt"))[:-KEPT]:
+    for old in sorted(folder.glob("checkpoint-*.pt"))[:-KEPT]:
         old.unlink()
 
 
 def resume(
-    work: Path, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
 ) -> dict[str, Any]:
     """Load the newest rolling checkpoint that can be read, if there is one; return its step and history."""
-    checkpoints = sorted(work.glob("checkpoint-*.pt"), reverse=True)
+    checkpoints = sorted(folder.glob("checkpoint-*.pt"), reverse=True)
     for path in checkpoints:
         try:
             state = torch.load(path, map_location=device, weights_only=True)
         except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            print(
-                f"{path} cannot be read ({str(error).splitlines()[0]}); trying an older one", file=sys.stderr
-            )
+            reason = (str(error) or "it is empty").splitlines()[0]
+            print(f"{path} cannot be read ({reason}); trying an older one", file=sys.stderr)
             continue
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         return state
     if checkpoints:
-        raise BadInput(f"{work}: no rolling checkpoint can be read; delete it to start from the beginning")
+        raise BadInput(f"{folder}: no rolling checkpoint can be read; delete it to start from the beginning")
     return {"step": 0, "rows": [], "open_row": []}
 
 
@@ -346,14 +318,14 @@ def resume(
 class Log:
     """Progress on the terminal, TensorBoard's log, and the rows of pretrain.csv, each over some steps."""
 
-    def __init__(self, work: Path, rows: list[dict[str, float]], open_row: list[list[float]], steps: int):
+    def __init__(self, folder: Path, rows: list[dict[str, float]], open_row: list[list[float]], steps: int):
         self.rows, self.open_row, self.steps = rows, open_row, steps
         self.steps_per_row = math.ceil(steps / ROWS)
         self.last = time.monotonic()
         self.board = self.bar = None
         if distributed.rank() == 0:
             first = rows[-1]["step"] + 1 if rows else 0
-            self.board = SummaryWriter(work / "tensorboard", purge_step=int(first))
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=int(first))
             self.bar = tqdm(total=steps, initial=int(first), unit="step", disable=not sys.stderr.isatty())
 
     def add(self, step: int, epoch: int, lr: float, loss: float, images: int) -> None:
@@ -387,8 +359,11 @@ class Log:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(row["step"] - self.bar.n)
 
-    def close(self) -> None:
-        """Flush what is still in memory."""
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Write what is still in memory."""
         if distributed.rank() == 0:
             self.board.close()
             self.bar.close()
@@ -422,7 +397,9 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
     pyplot.close(figure)
 
 
-def metadata(config: Recipe, dataset: Dataset, images_seen: int, steps: int) -> dict[str, str]:
+def metadata(
+    config: Recipe, dataset: Dataset, images_seen: int, steps: int, device: torch.device
+) -> dict[str, str]:
     """Return what the backbone file says of itself; a function of the run, so equal runs give equal files."""
     return {
         "architecture": config.architecture,
@@ -431,6 +408,7 @@ def metadata(config: Recipe, dataset: Dataset, images_seen: int, steps: int) -> 
         "epochs": str(config.epochs),
         "steps": str(steps),
         "images_seen": str(images_seen),
+        "precision": "bfloat16 autocast" if bfloat16(device) else "float32",
         "dataset": dataset.dataset.name,
         "dataset_manifest_sha256": dataset.dataset.manifest_sha256,
         "processes": str(distributed.world_size()),

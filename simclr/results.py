@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -89,6 +90,43 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for one run at a time; raises `BadInput` while another has it.
+
+    Of the processes that `torchrun` started, the first holds it for all.
+    """
+    if int(os.environ.get("RANK", 0)) > 0:
+        yield
+        return
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as file:
+        try:
+            # A POSIX lock, unlike flock's, is not inherited by a loader's worker that outlives the process.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise BadInput(f"{folder}: another run works in this folder; wait for it or stop it") from error
+        yield
+
+
+@contextmanager
+def workplace(work: Path, run: dict[str, Any]) -> Iterator[Path]:
+    """Yield the folder under `work` of exactly this `run`, all that its result depends on, and hold it.
+
+    The folder is named by a hash of `run`, which its run.json spells out: nothing is ever resumed from the
+    state of another run. Raises `BadInput` while another process works on the same.
+    """
+    text = json.dumps(run, sort_keys=True, indent=1) + "\n"
+    folder = Path(work) / hashlib.sha256(text.encode()).hexdigest()[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        if int(os.environ.get("RANK", 0)) == 0:
+            with replacing(folder / "run.json") as part:
+                part.write_text(text)
+        yield folder
 
 
 def sha256(path: Path) -> Sha256:

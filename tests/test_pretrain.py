@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import multiprocessing
 import os
 import signal
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import nn
 
 from simclr import BadInput, config, datasets, distributed, pretrain
@@ -100,6 +102,7 @@ def test_the_backbone_is_clean_and_says_where_it_comes_from(finished, manifest):
     assert Recipe.model_validate_json(said["recipe"]) == RECIPE
     assert said["dataset_manifest_sha256"] == Dataset.open(manifest).dataset.manifest_sha256
     assert (said["steps"], said["images_seen"]) == ("6", "44")
+    assert said["precision"] == ("bfloat16 autocast" if torch.cuda.is_available() else "float32")
 
 
 def test_training_changed_every_weight(finished):
@@ -117,8 +120,8 @@ def test_the_log_has_a_row_per_step_and_a_picture(finished):
         SCHEDULES[RECIPE.cosine](i, 3, 2, 0.3 * 8 / 256, 1) for i in range(6)
     ]
     assert (finished / "pretrain.png").read_bytes().startswith(b"\x89PNG")
-    assert list((finished / "work/tensorboard").glob("events*"))
-    assert len(list((finished / "work").glob("checkpoint-*.pt"))) == 2
+    assert list((finished / "work").glob("*/tensorboard/events*"))
+    assert len(list((finished / "work").glob("*/checkpoint-*.pt"))) == 2
 
 
 def test_the_picture_is_a_function_of_the_rows(tmp_path):
@@ -152,14 +155,22 @@ def test_a_stopped_run_ends_in_the_weights_of_an_unstopped_one(
 ):
     assert exit_status(start(RECIPE, manifest, tmp_path, step, number)) == status
     assert not (tmp_path / "backbone.safetensors").exists()
+    if status == pretrain.STOPPED:
+        assert _logged(tmp_path) == step + 1
     assert exit_status(start(RECIPE, manifest, tmp_path)) == 0
     for name in ("backbone.safetensors", "pretrain.png"):
         assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
     assert rows(tmp_path) == rows(finished)
 
 
+def _logged(folder: Path) -> int:
+    """Return the number of steps in TensorBoard's log."""
+    (events,) = (folder / "work").glob("*/tensorboard/events*")
+    return sum(event.HasField("summary") for event in EventFileLoader(str(events)).Load()) // 3
+
+
 def _copy_of_work(finished: Path, folder: Path) -> Path:
-    for path in (finished / "work").glob("*.*"):
+    for path in (finished / "work").glob("*/*.*"):
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
 
@@ -181,19 +192,23 @@ def test_a_truncated_checkpoint_falls_back_to_the_one_before(finished, tmp_path,
         _resume(work)
 
 
-def test_the_work_of_another_recipe_is_refused_with_both_named(finished, manifest, tmp_path):
-    work = _copy_of_work(finished, tmp_path)
-    other = RECIPE.model_copy(update={"lr": 0.6, "architecture": "resnet34"})
-    with pytest.raises(
-        BadInput, match=r"another run: .*architecture is 'resnet18_w0.125' there and 'resnet34'"
-    ) as e:
-        pretrain.claim(work, other, Dataset.open(manifest))
-    assert "lr is 0.3 there and 0.6 here" in str(e.value)
-    assert "temperature" not in str(e.value)
+def test_another_recipe_starts_afresh_and_both_runs_are_kept_apart(finished, manifest, tmp_path):
+    recipe = RECIPE.model_copy(update={"epochs": 1, "warmup_epochs": 0.0})
+    again = recipe.model_copy(update={"version": 2})
+    for each in (recipe, again, recipe):
+        assert exit_status(start(each, manifest, tmp_path)) == 0
+    folders = list((tmp_path / "work").iterdir())
+    runs = [json.loads((folder / "run.json").read_text()) for folder in folders]
+    stamp = Dataset.open(manifest).dataset.manifest_sha256
+    assert sorted(run["recipe"]["version"] for run in runs) == [1, 2]
+    assert [Recipe(**run["recipe"]).epochs for run in runs] == [1, 1]
+    assert {run["dataset_manifest"] for run in runs} == {stamp}
+    steps = [sorted(path.name for path in folder.glob("checkpoint-*.pt")) for folder in folders]
+    assert steps == [["checkpoint-000000002.pt", "checkpoint-000000003.pt"]] * 2
 
 
-def _hold(work, ready):
-    with pretrain.in_use(work):
+def _hold(work, run, ready):
+    with pretrain.workplace(work, run):
         ready.set()
         signal.pause()
 
@@ -201,16 +216,17 @@ def _hold(work, ready):
 def test_a_second_run_in_the_same_folder_is_refused(manifest, tmp_path):
     context = multiprocessing.get_context("forkserver")
     ready = context.Event()
-    first = context.Process(target=_hold, args=(tmp_path / "work", ready))
+    run = pretrain.run_of(RECIPE, Dataset.open(manifest))
+    first = context.Process(target=_hold, args=(tmp_path / "work", run, ready))
     first.start()
     try:
         assert ready.wait(60)
-        with pytest.raises(BadInput, match="another pretraining run is using this folder"):
+        with pytest.raises(BadInput, match="another run works in this folder"):
             pretrain.pretrain(RECIPE, Dataset.open(manifest), tmp_path / "b.safetensors", tmp_path / "work")
     finally:
         first.kill()
         first.join()
-    with pretrain.in_use(tmp_path / "work"):
+    with pretrain.workplace(tmp_path / "work", run):
         pass
 
 
@@ -275,7 +291,7 @@ def test_only_a_dataset_that_fits_is_decoded_beforehand(manifest):
 
 def test_two_processes_train_the_backbone_of_one(manifest, tmp_path):
     """Gradients, BatchNorm statistics and batches are those of one process, so only rounding differs."""
-    recipe = RECIPE.model_copy(update={"epochs": 1, "warmup_epochs": 0.0, "optimizer": "sgd", "lr": 0.3})
+    recipe = RECIPE.model_copy(update={"epochs": 1, "warmup_epochs": 0.0, "optimizer": "sgd", "lr": 0.003})
     alone, together = tmp_path / "alone", tmp_path / "together"
     processes = [start(recipe, manifest, alone)]
     for rank in range(2):
@@ -285,9 +301,16 @@ def test_two_processes_train_the_backbone_of_one(manifest, tmp_path):
         processes.append(start(recipe, manifest, together, environment=environment))
     assert [exit_status(process) for process in processes] == [0, 0, 0]
     one, two = (Backbone.open(folder / "backbone.safetensors").state() for folder in (alone, together))
-    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-5)
+    torch.manual_seed(recipe.seed)
+    first = pretrain.build(recipe).backbone.state_dict()
+    # All of the change of weights and statistics; a ReLU that rounding flips may change one tensor by more.
+    change, difference = (
+        torch.cat([(one[key] - other[key]).double().flatten() for key in one]).norm()
+        for other in (first, two)
+    )
+    assert difference < 1e-3 * change
     losses = [[float(row["loss"]) for row in rows(folder)] for folder in (alone, together)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 # ---------------------------------------------------------------- the published recipes
