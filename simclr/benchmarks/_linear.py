@@ -6,15 +6,13 @@ resumed, or that loads images in other processes, gives the same result as one t
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
 import math
 import pickle
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from simclr import BadInput, distributed
+from simclr import BadInput, distributed, results
 from simclr.benchmarks._training import Training
 from simclr.datasets import Samples, decode, samples
 from simclr.metrics import label_rank
@@ -338,13 +336,16 @@ def accuracy(
     """Return `{name}` and `{name}_top5` in percent for each head of `model`, in evaluation mode."""
     model.eval()
     mine = [(0, index) for index in range(len(images))][distributed.rank() :: distributed.world_size()]
-    hits = torch.zeros(len(model), 2, dtype=torch.int64)
+    hits, finite = torch.zeros(len(model), 2, dtype=torch.int64), True
     for batch, labels in load(images, pieces(mine, batch_size), device):
         for row, logits in zip(hits, model(frozen(batch)).values(), strict=True):
-            if not torch.isfinite(logits).all():
-                raise Diverged("training diverged: the classifier gives infinity or NaN; choose a smaller lr")
-            ranks = torch.from_numpy(label_rank(logits.cpu().numpy(), labels.cpu().numpy()))
-            row += torch.stack([(ranks < 1).sum(), (ranks < 5).sum()])
+            finite = finite and bool(torch.isfinite(logits).all())
+            if finite:
+                ranks = torch.from_numpy(label_rank(logits.cpu().numpy(), labels.cpu().numpy()))
+                row += torch.stack([(ranks < 1).sum(), (ranks < 5).sum()])
+    # All ranks together, for none may wait for one that has given up.
+    if distributed.any_rank(not finite, device):
+        raise Diverged("training diverged: the classifier gives infinity or NaN; choose a smaller lr")
     percent = 100 * distributed.total(hits.to(device)).double() / len(images)
     return {
         key: value
@@ -356,34 +357,21 @@ def accuracy(
 # ---------------------------------------------------------------- the work folder
 
 
-@contextmanager
-def workplace(work: Path, config: Training, backbone: Backbone, dataset: Dataset) -> Iterator[Path]:
-    """Yield the folder under `work` of exactly this config, backbone and dataset; one run at a time has it.
+def workplace(
+    work: Path, config: Training, backbone: Backbone, dataset: Dataset
+) -> AbstractContextManager[Path]:
+    """Hold and yield the folder under `work` of exactly this config, backbone and dataset.
 
     Another config, backbone or dataset gets another folder, so nothing is ever resumed from the wrong state.
     Raises `BadInput` while another run is in it.
     """
-    content = {
+    run = {
         "benchmark": type(config).__module__,
         "config": config.model_dump(mode="json"),
         "checkpoint": backbone.checkpoint_sha256,
         "dataset": dataset.dataset.manifest_sha256,
     }
-    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    folder = Path(work) / key[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    if distributed.rank() > 0:
-        yield folder
-        return
-    with (folder / "lock").open("w") as lock:
-        try:
-            # A POSIX lock ends with this process; a loader's worker that outlives it does not hold it.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise BadInput(f"{folder}: another run works in this folder; wait for it or stop it") from error
-        with replacing(folder / "key.json") as part:
-            part.write_text(json.dumps(content, indent=1) + "\n")
-        yield folder
+    return results.workplace(work, run)
 
 
 def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, curve: list[dict]) -> None:
