@@ -14,7 +14,6 @@ visible GPU. A list holds one image per line, as JSON in Detectron2's layout. A 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import io
@@ -22,14 +21,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from simclr import BadInput
-from simclr.results import replacing
+from simclr.results import locked, replacing
 
 if TYPE_CHECKING:
     from simclr.benchmarks.voc0712_detection import Config
@@ -96,18 +95,6 @@ def _folder(work: Path, backbone: Backbone, dataset: Dataset, config: Config) ->
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return work / digest[:12]
-
-
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` alone; raises `BadInput` when another process has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BadInput(f"{folder}: another process trains here; wait for it or end it") from error
-        yield
 
 
 def _prepare(folder: Path, backbone: Backbone, dataset: Dataset, config: Config, truth: list[Json]) -> Json:
@@ -238,7 +225,9 @@ def main(run: Callable[[Json], Json | None], arguments: list[str]) -> int:
     """
     spec, result = map(Path, arguments)
     try:
-        outcome = run(json.loads(spec.read_text()))
+        # The caller holds the folder above; an engine that outlives a killed caller still holds its own.
+        with locked(spec.parent):
+            outcome = run(json.loads(spec.read_text()))
     except BadInput as error:
         with replacing(result.with_name("refused.txt")) as part:
             part.write_text(str(error))
@@ -463,7 +452,7 @@ def draw(
     edge, columns = 320, 3
     sheet = Image.new("RGB", (edge * columns, edge * -(-min(images, len(truth)) // columns)))
     for i, image in enumerate(truth[:images]):
-        tile = decode(Path(image["file_name"]))
+        tile = decode(Path(image["file_name"]), (image["width"], image["height"]))
         scale = edge / max(tile.size)
         tile = tile.resize([max(round(side * scale), 1) for side in tile.size])
         pen = ImageDraw.Draw(tile)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import pickle
 import platform
 import random
 import sys
@@ -145,8 +146,9 @@ def pixels(image: Image.Image) -> Tensor:
 
 def resized(line: Json, edge: int, max_edge: int) -> Image.Image:
     """Read the image and resize it with PIL's bilinear filter, on 8-bit values."""
-    image = datasets.decode(Path(line["file_name"]))
-    if image.size != (line["width"], line["height"]):
+    annotated = (line["width"], line["height"])
+    image = datasets.decode(Path(line["file_name"]), annotated)
+    if image.size != annotated:
         raise BadInput(
             f"{line['file_name']}: expected {line['width']} × {line['height']} pixels, as its annotation "
             f"says; found {image.size[0]} × {image.size[1]}"
@@ -359,14 +361,21 @@ def save(folder: Path, iteration: int, detector: nn.Module, optimizer: torch.opt
 
 
 def resume(detector: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> int:
-    """Load the newest rolling checkpoint, if there is one, and return the iteration to go on with."""
+    """Load the newest rolling checkpoint that can be read, if any; return the iteration to go on with."""
     found = checkpoints(folder)
-    if not found:
-        return 0
-    state = torch.load(found[-1], map_location="cpu", weights_only=True)
-    detector.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
-    return state["iteration"]
+    for path in reversed(found):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+            reason = (str(error) or "it is empty").splitlines()[0]
+            print(f"{path} cannot be read ({reason}); trying an older one", file=sys.stderr)
+            continue
+        detector.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        return state["iteration"]
+    if found:
+        raise BadInput(f"{folder}: no rolling checkpoint can be read; delete it to start from the beginning")
+    return 0
 
 
 @torch.no_grad()

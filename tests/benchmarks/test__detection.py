@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from simclr import BadInput
 from simclr.benchmarks import _detection
@@ -238,7 +239,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path):
     other = context.Process(target=_hold, args=(tmp_path, ready, done))
     other.start()
     assert ready.wait(30)
-    with pytest.raises(BadInput, match="another process trains here"), _detection.locked(tmp_path):
+    with pytest.raises(BadInput, match="another run works in this folder"), _detection.locked(tmp_path):
         pass
     done.set()
     other.join()
@@ -316,3 +317,35 @@ def test_precise_bn_equals_the_statistics_of_all_values():
 def test_a_diverged_loss_stops_training():
     with pytest.raises(BadInput, match=r"diverged at iteration 3.*lower lr"):
         engine.step(None, {"loss_box_reg": torch.tensor(float("nan"))}, 3)
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
+    detector = torch.nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(detector.parameters(), lr=0.1)
+    for iteration in (2, 4, 6):
+        torch.nn.init.constant_(detector.bias, iteration)
+        engine.save(tmp_path, iteration, detector, optimizer)
+    older, newest = engine.checkpoints(tmp_path)
+    newest.write_bytes(newest.read_bytes()[:-100])
+    assert engine.resume(detector, optimizer, tmp_path) == 4
+    assert detector.bias.item() == 4
+    assert f"{newest} cannot be read" in capsys.readouterr().err
+    older.write_bytes(b"")
+    with pytest.raises(BadInput, match="no rolling checkpoint can be read; delete it"):
+        engine.resume(detector, optimizer, tmp_path)
+
+
+def test_an_image_is_turned_only_when_its_boxes_are(tmp_path):
+    stored = Image.effect_noise((80, 60), 90).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter clockwise
+    stored.save(tmp_path / "a.jpg", exif=exif)
+    line = image("a", ((10, 5, 30, 25), 1, False), file_name=str(tmp_path / "a.jpg"))
+    as_stored = engine.resized(line, 60, 100)
+    assert as_stored.size == (80, 60)
+    upright = engine.resized({**line, "width": 60, "height": 80}, 60, 100)
+    assert upright.size == (60, 80)
+    assert np.array_equal(upright, as_stored.transpose(Image.Transpose.ROTATE_270))
+    _detection.draw([line], [], CLASSES, tmp_path / "detections.png")
+    with Image.open(tmp_path / "detections.png") as sheet:
+        assert sheet.getpixel((160, 250)) == (0, 0, 0)  # 320 × 240, wider than high, above black
