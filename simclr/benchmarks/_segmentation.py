@@ -29,7 +29,7 @@ from simclr import BadInput, datasets
 from simclr.distributed import process_group, rank, world_size
 from simclr.model import resnet
 from simclr.protocol import Metrics
-from simclr.results import replacing
+from simclr.results import locked, replacing
 
 if TYPE_CHECKING:
     from simclr.benchmarks.voc12aug_segmentation import Config
@@ -60,17 +60,18 @@ def evaluate(backbone: Backbone, dataset: Dataset, config: Config, work: Path) -
     The run lives in a folder of its own under `work`, named by a hash of backbone, dataset and config, so
     that it never resumes another run's checkpoint. Details list the IoU of each class in percent, the classes
     that do not count and why, and how many tensors of the backbone were loaded. Raises `BadInput` when the
-    dataset does not fit the protocol or the loss is not finite.
+    dataset does not fit the protocol, the loss is not finite, or another process works on the same run.
     """
     with process_group() as device:
         inputs = inputs_of(backbone, dataset, config)
         folder = Path(work) / fingerprint(inputs)
         base = settings(config, backbone.architecture, dataset, folder, device.type)
         check_dataset(base, dataset)
-        if rank() == 0:
-            describe(folder, inputs, base)
-        checkpoint = train(base, backbone, config.iterations, folder)
-        areas, sheet = test(base, checkpoint, folder)
+        with locked(folder):
+            if rank() == 0:
+                describe(folder, inputs, base)
+            checkpoint = train(base, backbone, config.iterations, folder)
+            areas, sheet = test(base, checkpoint, folder)
     if areas["images"] != dataset.images["val"]:
         raise BadInput(
             f"{dataset.root}: expected {dataset.images['val']} val images, tested {areas['images']}"
@@ -115,7 +116,9 @@ def latest_checkpoint(folder: Path) -> Path | None:
     MMEngine notes it by its absolute path; only the name counts here, so that the folder may be moved.
     """
     note = folder / "last_checkpoint"
-    return folder / Path(note.read_text().strip()).name if note.is_file() else None
+    # MMEngine does not write the note whole or not at all: a kill may leave an empty one.
+    name = Path(note.read_text().strip()).name if note.is_file() else ""
+    return folder / name if name else None
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -276,6 +276,29 @@ def test_a_run_has_its_own_folder(backbone, dataset):
     assert len({name(), name(lr=0.02), name(seed=1), name(version=2)}) == 4
 
 
+def test_two_runs_in_one_folder_are_refused(tmp_path, backbone, dataset):
+    voc, config = dataset("voc12aug"), Config(**TINY)
+    folder = tmp_path / _segmentation.fingerprint(_segmentation.inputs_of(backbone, voc, config))
+    hold = (
+        "import sys; from simclr.results import locked\nwith locked(sys.argv[1]): print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", hold, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"\n"
+        with pytest.raises(BadInput, match="another run works in this folder; wait for it or stop it"):
+            evaluate(backbone, voc, config, tmp_path)
+        holder.communicate(b"\n")
+    assert not list(folder.glob("*.pth"))
+
+
+def test_an_empty_note_of_the_last_checkpoint_counts_as_none(tmp_path):
+    assert _segmentation.latest_checkpoint(tmp_path) is None
+    (tmp_path / "last_checkpoint").write_text("")
+    assert _segmentation.latest_checkpoint(tmp_path) is None
+    (tmp_path / "last_checkpoint").write_text("/elsewhere/iter_2.pth")
+    assert _segmentation.latest_checkpoint(tmp_path) == tmp_path / "iter_2.pth"
+
+
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, backbone, dataset):
     with pytest.raises(BadInput, match=r"the loss is (nan|inf) in iteration \d; expected a finite number"):
         evaluate(backbone, dataset("voc12aug"), Config(**TINY | {"lr": 1e30}), tmp_path)
