@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from simclr import BadInput
+from simclr import BadInput, distributed
 from simclr.benchmarks import _linear
 from simclr.benchmarks._training import FrozenTraining
 from simclr.datasets import Samples
@@ -278,6 +278,19 @@ def test_accuracy_counts_by_hand():
 
     heads = _linear.Heads({"x": nn.Identity()})
     assert _linear.accuracy(heads, data, CPU, lambda batch: {"x": batch}, 3) == {"x": 25, "x_top5": 50}
+    scores[2] = torch.nan
+    with pytest.raises(_linear.Diverged, match="the classifier gives infinity or NaN"):
+        _linear.accuracy(heads, data, CPU, lambda batch: {"x": batch}, 3)
+
+
+def test_divergence_on_another_rank_stops_this_one(images, monkeypatch):
+    """A rank that raised alone would leave the others waiting in the sum."""
+    asked = []
+    monkeypatch.setattr(distributed, "any_rank", lambda flag, device: asked.append(flag) or True)
+    heads = _linear.Heads({"x": nn.LazyLinear(7)})
+    with pytest.raises(_linear.Diverged, match="the classifier gives infinity or NaN"):
+        _linear.accuracy(heads, images, CPU, lambda batch: {"x": batch.flatten(1)}, 3)
+    assert asked == [False]
 
 
 # ---------------------------------------------------------------- the frozen backbone and the work folder
