@@ -60,11 +60,14 @@ def main(argv: list[str] | None = None) -> int:
         else:
             function(**values)
     except BadInput as error:
-        # DataLoader puts the traceback of a worker process before the sentence.
-        sentence = str(error).splitlines()[-1].removeprefix("simclr.BadInput: ")
-        print(f"simclr: {sentence}", file=sys.stderr)
+        print(f"simclr: {sentence(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+def sentence(error: Exception) -> str:
+    """Return what `error` says, without the traceback that DataLoader puts before it in a worker process."""
+    return str(error).splitlines()[-1].removeprefix("simclr.BadInput: ")
 
 
 def find(target: str) -> Callable[..., Any]:

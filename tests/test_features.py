@@ -14,7 +14,7 @@ from PIL import Image
 from test_checkpoint import trained
 
 from simclr import BadInput, features, transforms
-from simclr.__main__ import main
+from simclr.__main__ import main, sentence
 from simclr.checkpoint import Backbone, save_backbone
 from simclr.config import Dataset as Block
 from simclr.config import FeatureSet
@@ -142,13 +142,12 @@ def test_by_the_command_line(backbone, dataset, tmp_path):
 
 
 def refusal(*arguments: object, error: type[Exception] = BadInput) -> str:
-    """Return the message with which an extraction ends; no part of a folder is left beside its output."""
+    """Return what the command line says when an extraction ends; no part is left beside its output."""
     with pytest.raises(error) as caught:
         extract(*arguments)
     output = arguments[-1]
     assert not [path for path in output.parent.iterdir() if path.name.startswith(".")]
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return sentence(caught.value)
 
 
 CONFIG = FeatureSet(**SMALL)
@@ -270,8 +269,7 @@ def unreadable(folder: Path) -> str:
     with pytest.raises(BadInput) as caught:
         Features.open(folder)
     assert str(caught.value).startswith(f"{folder}: ")
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return sentence(caught.value)
 
 
 def test_features_in_memory():
