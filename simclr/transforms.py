@@ -3,20 +3,29 @@
 A transform takes a PIL RGB image and returns a float tensor `(3, H, W)`, normalised with ImageNet's mean and
 standard deviation. Resizing is PIL's, which anti-aliases, as in all published numbers of MMSelfSup 0.x.
 Transforms can be pickled, so a loader's workers may be started in any way.
+
+What is random in a view is drawn first (`draw_view`), then carried out: by `two_views` with PIL as published,
+or by `two_crops` in a loader's worker and `simclr.augment.augment` on the device. Same draws, same view.
 """
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageFilter
 from torch import Tensor
 
 from simclr.config import Augmentation
+from simclr.datasets import _orientation, decode
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -68,7 +77,74 @@ def normalize(image: Tensor) -> Tensor:
     return (image - mean[:, None, None]) / std[:, None, None]
 
 
-# ---------------------------------------------------------------- pretraining
+# ---------------------------------------------------------------- pretraining: what is random
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the changes that `Jitter.order` puts in order
+
+
+class Jitter(NamedTuple):
+    """The colour jitter of one view: three factors, a hue shift (share of the circle), and their order."""
+
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    order: tuple[int, ...]
+
+
+class View(NamedTuple):
+    """All that is random in one view of an image."""
+
+    box: tuple[int, int, int, int]  # left, top, width, height in pixels
+    flip: bool = False
+    jitter: Jitter | None = None
+    grayscale: bool = False
+    sigma: float = 0.0  # of the blur in pixels of the view; 0 is none
+    lighting: tuple[float, ...] = (0.0, 0.0, 0.0)  # added to R, G, B in [0, 1] (the linear evaluations)
+
+
+def draw_view(width: int, height: int, augmentation: Augmentation, rng: np.random.Generator) -> View:
+    """Draw a SimCLR view of an image of `width` × `height` pixels.
+
+    MMSelfSup v0.11.0, configs/selfsup/_base_/datasets/imagenet_simclr.py.
+    """
+    a = augmentation
+    box = draw_crop(width, height, a.crop_area, a.crop_ratio, rng)
+    flip = rng.random() < a.flip
+    jittered = rng.random() < a.jitter
+    jitter = draw_jitter(a.brightness, a.contrast, a.saturation, a.hue, rng) if jittered else None
+    grayscale = rng.random() < a.grayscale
+    sigma = rng.uniform(*a.blur_sigma) if rng.random() < a.blur else 0.0
+    return View(box, flip, jitter, grayscale, sigma)
+
+
+def draw_crop(
+    width: int, height: int, area: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Draw left, top, width and height of a crop: a share of the area from `area`, uniformly, and an aspect
+    ratio from `ratio`, log-uniformly. After ten that do not fit, the greatest central one within `ratio`.
+    """
+    for _ in range(10):
+        pixels = width * height * rng.uniform(*area)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    aspect = min(max(width / height, ratio[0]), ratio[1])
+    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def draw_jitter(
+    brightness: float, contrast: float, saturation: float, hue: float, rng: np.random.Generator
+) -> Jitter:
+    """Draw brightness, contrast and saturation factors from 1 ± the argument, a hue shift, and an order."""
+    factors = [rng.uniform(max(1 - spread, 0), 1 + spread) for spread in (brightness, contrast, saturation)]
+    shift = rng.uniform(-hue, hue)
+    return Jitter(*factors, shift, tuple(int(i) for i in rng.permutation(4)))
+
+
+# ---------------------------------------------------------------- pretraining: with PIL, as published
 
 
 def two_views(augmentation: Augmentation) -> Callable[[Image.Image, np.random.Generator], Tensor]:
@@ -81,22 +157,22 @@ def two_views(augmentation: Augmentation) -> Callable[[Image.Image, np.random.Ge
 
 
 def _two_views(augmentation: Augmentation, image: Image.Image, rng: np.random.Generator) -> Tensor:
-    return normalize(torch.stack([to_tensor(view(image, augmentation, rng)) for _ in range(2)]))
+    draws = [draw_view(*image.size, augmentation, rng) for _ in range(2)]
+    return normalize(torch.stack([to_tensor(render(image, view, augmentation.image_size)) for view in draws]))
 
 
-def view(image: Image.Image, augmentation: Augmentation, rng: np.random.Generator) -> Image.Image:
-    """Draw one SimCLR view (MMSelfSup v0.11.0, configs/selfsup/_base_/datasets/imagenet_simclr.py)."""
-    a = augmentation
-    image = random_resized_crop(image, a.image_size, a.crop_area, a.crop_ratio, rng)
-    if rng.random() < a.flip:
+def render(image: Image.Image, view: View, size: int) -> Image.Image:
+    """Return `view` of `image`, `size` × `size`, before normalisation and lighting."""
+    image = _resized_crop(image, view.box, size)
+    if view.flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if rng.random() < a.jitter:
-        image = color_jitter(image, a.brightness, a.contrast, a.saturation, a.hue, rng)
-    if rng.random() < a.grayscale:
+    if view.jitter:
+        image = _jittered(image, view.jitter)
+    if view.grayscale:
         image = image.convert("L").convert("RGB")
-    if rng.random() < a.blur:
+    if view.sigma:
         # PIL's radius is the sigma; the paper's kernel of a tenth of the edge is slightly different.
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*a.blur_sigma)))
+        image = image.filter(ImageFilter.GaussianBlur(view.sigma))
     return image
 
 
@@ -107,28 +183,15 @@ def random_resized_crop(
     ratio: tuple[float, float],
     rng: np.random.Generator,
 ) -> Image.Image:
-    """Crop a share of the area, drawn from `area`, in an aspect ratio drawn log-uniformly from `ratio`.
+    """Crop what `draw_crop` draws, and resize it to `size` × `size`, bilinear."""
+    return _resized_crop(image, draw_crop(*image.size, area, ratio, rng), size)
 
-    After ten crops that do not fit, the greatest central one within `ratio`. Resized to `size` × `size`,
-    bilinear. Crop before resizing: PIL's `resize(box=…)` would look at pixels beyond the crop.
-    """
-    left, top, width, height = _crop_box(image.width, image.height, area, ratio, rng)
+
+def _resized_crop(image: Image.Image, box: tuple[int, int, int, int], size: int) -> Image.Image:
+    """Crop before resizing: PIL's `resize(box=…)` would look at pixels beyond the crop."""
+    left, top, width, height = box
     crop = image.crop((left, top, left + width, top + height))
     return crop.resize((size, size), Image.Resampling.BILINEAR)
-
-
-def _crop_box(
-    width: int, height: int, area: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    for _ in range(10):
-        pixels = width * height * rng.uniform(*area)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(pixels * aspect)), round(math.sqrt(pixels / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
-    aspect = min(max(width / height, ratio[0]), ratio[1])
-    w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
-    return (width - w) // 2, (height - h) // 2, w, h
 
 
 def color_jitter(
@@ -140,16 +203,18 @@ def color_jitter(
     rng: np.random.Generator,
 ) -> Image.Image:
     """Change brightness, contrast, saturation (factors from 1 ± the argument) and hue, in random order."""
-    factors = [rng.uniform(max(1 - spread, 0), 1 + spread) for spread in (brightness, contrast, saturation)]
-    shift = rng.uniform(-hue, hue)
-    changes = [
-        lambda image: ImageEnhance.Brightness(image).enhance(factors[0]),
-        lambda image: ImageEnhance.Contrast(image).enhance(factors[1]),
-        lambda image: ImageEnhance.Color(image).enhance(factors[2]),
-        lambda image: adjust_hue(image, shift),
-    ]
-    for i in rng.permutation(4):
-        image = changes[i](image)
+    return _jittered(image, draw_jitter(brightness, contrast, saturation, hue, rng))
+
+
+def _jittered(image: Image.Image, jitter: Jitter) -> Image.Image:
+    changes = {
+        BRIGHTNESS: lambda image: ImageEnhance.Brightness(image).enhance(jitter.brightness),
+        CONTRAST: lambda image: ImageEnhance.Contrast(image).enhance(jitter.contrast),
+        SATURATION: lambda image: ImageEnhance.Color(image).enhance(jitter.saturation),
+        HUE: lambda image: adjust_hue(image, jitter.hue),
+    }
+    for change in jitter.order:
+        image = changes[change](image)
     return image
 
 
@@ -160,3 +225,81 @@ def adjust_hue(image: Image.Image, shift: float) -> Image.Image:
     hue, saturation, value = image.convert("HSV").split()
     turned = (np.asarray(hue) + np.int16(shift * 255)).astype(np.uint8)  # wraps around
     return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
+
+
+# ---------------------------------------------------------------- pretraining: for the device
+
+
+class Columns:
+    """Where a row of parameters holds what of a `View`; flags are 0 or 1, all exact in float32."""
+
+    FLIP, JITTERED, GRAYSCALE, SIGMA = range(4)
+    FACTORS = slice(4, 7)  # of brightness, contrast, saturation
+    HUE = 7
+    ORDER = slice(8, 12)
+    LIGHTING = slice(12, 15)
+    NUMBER = 15
+
+
+UNCHANGED = Jitter(1.0, 1.0, 1.0, 0.0, (BRIGHTNESS, CONTRAST, SATURATION, HUE))
+
+
+def parameters(view: View) -> list[float]:
+    """Return what `simclr.augment.augment` needs to know of `view`, a row of `Columns.NUMBER` numbers."""
+    flags = (view.flip, view.jitter is not None, view.grayscale)
+    *numbers, order = view.jitter or UNCHANGED
+    return [*map(float, flags), view.sigma, *numbers, *map(float, order), *view.lighting]
+
+
+def two_crops(
+    augmentation: Augmentation,
+) -> Callable[[Image.Image | np.ndarray, np.random.Generator], tuple[Tensor, Tensor]]:
+    """Return the transform of an image to the crops of two SimCLR views and what is still to be done to them.
+
+    The image is PIL's, RGB, or `(H, W, 3)` uint8 as `read_pixels` returns it. Crops: `(2, 3, S, S)` uint8;
+    parameters: `(2, Columns.NUMBER)` float32. From the same generator `two_views` draws the same views.
+    """
+    return partial(_two_crops, augmentation)
+
+
+def _two_crops(
+    augmentation: Augmentation, image: Image.Image | np.ndarray, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    pixels = np.asarray(image)
+    height, width, _ = pixels.shape
+    draws = [draw_view(width, height, augmentation, rng) for _ in range(2)]
+    crops = torch.cat([resized_crop(pixels, view.box, augmentation.image_size) for view in draws])
+    return crops, torch.tensor([parameters(view) for view in draws])
+
+
+def resized_crop(pixels: np.ndarray, box: tuple[int, int, int, int], size: int) -> Tensor:
+    """Return `box` of `pixels` `(H, W, 3)`, resized, as `(1, 3, size, size)` uint8.
+
+    PIL's crop and bilinear resize in a third of the time, some pixels one level off: torch's weights have 16
+    bits, PIL's 22.
+    """
+    left, top, width, height = box
+    crop = torch.from_numpy(pixels[top : top + height, left : left + width].copy())
+    return F.interpolate(crop.permute(2, 0, 1)[None], (size, size), mode="bilinear", antialias=True)
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    """Return the image at `path` as `(H, W, 3)` uint8: what `datasets.decode` returns, sooner.
+
+    OpenCV decodes a usual JPEG in two thirds of PIL's time, to the same bits. PIL decodes what is not usual:
+    other formats and colour spaces, a picture to be turned, a file that does not end as it must.
+    Raises `BadInput` as `decode` does.
+    """
+    try:
+        data = path.read_bytes()
+        with Image.open(io.BytesIO(data)) as image:  # reads the header only
+            usual = image.format == "JPEG" and image.mode in ("RGB", "L") and _orientation(image) == 1
+    except (OSError, SyntaxError, ValueError):
+        usual = False
+    if usual and data.endswith(b"\xff\xd9"):
+        pixels = cv2.imdecode(
+            np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        )
+        if pixels is not None:
+            return pixels
+    return np.asarray(decode(path))

@@ -31,6 +31,10 @@ def _theirs(image, *steps):
     return v2.Compose([*steps, *tail])(image)
 
 
+def _view(image, config, rng):
+    return transforms.render(image, transforms.draw_view(*image.size, config, rng), config.image_size)
+
+
 def test_center_crop_is_torchvisions(image):
     expected = _theirs(image, v2.Resize(64), v2.CenterCrop(48))
     torch.testing.assert_close(transforms.center_crop(64, 48)(image), expected.as_subclass(torch.Tensor))
@@ -109,21 +113,20 @@ def test_without_randomness_a_view_is_the_whole_image_resized(image):
 def test_each_step_happens_with_its_probability(image, step):
     image, rng = image.resize((16, 16)), np.random.default_rng(0)
     config = Augmentation(image_size=16, **{**OFF, step: 0.3})
-    changed = [transforms.view(image, config, rng) != image for _ in range(400)]
+    changed = [_view(image, config, rng) != image for _ in range(400)]
     assert np.mean(changed) == pytest.approx(0.3, abs=0.07)  # three standard deviations
 
 
 def test_grayscale_has_the_weights_of_itu_601():
     image = Image.fromarray(np.full((4, 4, 3), (200, 100, 50), np.uint8))
-    gray = transforms.view(
-        image, Augmentation(image_size=16, **{**OFF, "grayscale": 1}), np.random.default_rng(0)
-    )
+    config = Augmentation(image_size=16, **{**OFF, "grayscale": 1})
+    gray = _view(image, config, np.random.default_rng(0))
     assert gray.getpixel((0, 0)) == (124, 124, 124)  # 0.299·200 + 0.587·100 + 0.114·50 = 124.2
 
 
 def test_crops_have_the_stated_areas_and_ratios():
     rng = np.random.default_rng(0)
-    boxes = [transforms._crop_box(400, 400, (0.08, 1.0), (3 / 4, 4 / 3), rng) for _ in range(3000)]
+    boxes = [transforms.draw_crop(400, 400, (0.08, 1.0), (3 / 4, 4 / 3), rng) for _ in range(3000)]
     left, top, width, height = np.array(boxes).T
     assert (left >= 0).all()
     assert (top >= 0).all()
@@ -141,7 +144,7 @@ def test_crops_have_the_stated_areas_and_ratios():
 @pytest.mark.parametrize(("size", "box"), [((300, 30), (130, 0, 40, 30)), ((30, 300), (0, 130, 30, 40))])
 def test_after_ten_misses_the_crop_is_central(size, box):
     rng = np.random.default_rng(0)
-    assert transforms._crop_box(*size, (1.0, 1.0), (3 / 4, 4 / 3), rng) == box
+    assert transforms.draw_crop(*size, (1.0, 1.0), (3 / 4, 4 / 3), rng) == box
 
 
 def test_a_crop_sees_nothing_beyond_its_box():
@@ -164,5 +167,5 @@ def test_a_crop_sees_nothing_beyond_its_box():
 def test_blur_is_pils_with_the_radius_as_sigma(image):
     image = image.resize((90, 90))
     config = Augmentation(image_size=90, **{**OFF, "blur": 1, "blur_sigma": (1.5, 1.5)})
-    view = transforms.view(image, config, np.random.default_rng(0))
+    view = _view(image, config, np.random.default_rng(0))
     assert view == image.filter(ImageFilter.GaussianBlur(1.5))
