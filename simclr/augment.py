@@ -14,13 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simclr.transforms import CONTRAST, HUE, MEAN, SATURATION, STD, Columns
+from simclr.transforms import CONTRAST, HUE, MEAN, ROW, SATURATION, STD
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as PIL's "L"
-CHUNK_BYTES = {
-    "cpu": 2**21,
-    "cuda": 2**26,
-}  # of float32 pixels at a time: what a CPU caches, a GPU is full of
+# Bytes of float32 pixels worked on at a time: few enough for a CPU's caches, enough to fill a GPU.
+CPU_CHUNK, GPU_CHUNK = 2**22, 2**26
 BAND = 64  # rows of a block of the blur's matrix, which is zero but near its diagonal
 
 
@@ -28,16 +26,16 @@ BAND = 64  # rows of a block of the blur's matrix, which is zero but near its di
 def augment(crops: Tensor, parameters: Tensor) -> Tensor:
     """Return views `(N, 3, S, S)`, float32, normalised, in channels_last order.
 
-    `crops`: `(N, 3, S, S)` uint8 on any device. `parameters`: `(N, Columns.NUMBER)` float32 **on the CPU**,
-    where they were drawn: which view needs what is decided there, so the device is never waited for.
+    `crops`: `(N, 3, S, S)` uint8, on any device. `parameters`: `(N, 15)` float32, rows of `transforms.ROW`,
+    on the CPU where they were drawn: what a view needs is decided there, so the device is never waited for.
 
-    A view depends on its own crop and parameters only (to rounding: 1e-5). Computes in float32 under autocast
-    too. Memory besides the result: about eight times `CHUNK_BYTES`, whatever N.
+    A view is a function of its own crop and parameters alone, to rounding (1e-5). float32 under autocast too.
+    Memory besides the result: about six times `CPU_CHUNK` or `GPU_CHUNK`, whatever N.
     """
     size = crops.shape[-1]
     views = torch.empty(len(crops), size, size, 3, device=crops.device)
-    p = parameters.numpy()
-    chunk = max(CHUNK_BYTES.get(crops.device.type, 2**26) // (12 * size**2), 1)
+    p = parameters.float().contiguous().numpy().view(ROW)[:, 0]
+    chunk = max((CPU_CHUNK if crops.device.type == "cpu" else GPU_CHUNK) // (12 * size**2), 1)
     order = np.argsort(-_blends_before_hue(p), kind="stable")
     with torch.autocast(crops.device.type, enabled=False):
         for start in range(0, len(order), chunk):
@@ -50,13 +48,13 @@ def augment(crops: Tensor, parameters: Tensor) -> Tensor:
 
 def _views(crops: Tensor, p: np.ndarray) -> Tensor:
     """Return the views of some crops, `(n, 3, S, S)`, whose parameters `p` are in `_jitter`'s order."""
-    crops = _change(crops, p[:, Columns.FLIP] > 0, lambda some, _: some.flip(-1))
+    crops = _change(crops, p["flip"] > 0, lambda some, _: some.flip(-1))
     x = crops.float().mul_(1 / 255)
     x = _jitter(x, p)
-    x = _change(x, p[:, Columns.GRAYSCALE] > 0, lambda some, _: grayscale(some))
-    x = _change(x, p[:, Columns.SIGMA] > 0, lambda some, mask: blur(some, p[mask, Columns.SIGMA]))
+    x = _change(x, p["grayscale"] > 0, lambda some, _: grayscale(some))
+    x = _change(x, p["sigma"] > 0, lambda some, mask: blur(some, p["sigma"][mask]))
     std = np.float32(STD)
-    shift = (p[:, Columns.LIGHTING] - np.float32(MEAN)) / std
+    shift = (p["lighting"] - np.float32(MEAN)) / std
     return torch.addcmul(_send(shift, x.device)[:, :, None, None], x, _send(1 / std, x.device)[:, None, None])
 
 
@@ -81,8 +79,8 @@ def _send(array: np.ndarray, device: torch.device) -> Tensor:
 
 def _blends_before_hue(p: np.ndarray) -> np.ndarray:
     """Return how many of brightness, contrast and saturation come before hue: 0 … 3, or -1 without jitter."""
-    before = (p[:, Columns.ORDER] == HUE).argmax(1)
-    return np.where(p[:, Columns.JITTERED] > 0, before, -1)
+    before = (p["order"] == HUE).argmax(1)
+    return np.where(p["jitter"] > 0, before, -1)
 
 
 def _jitter(x: Tensor, p: np.ndarray) -> Tensor:
@@ -93,16 +91,18 @@ def _jitter(x: Tensor, p: np.ndarray) -> Tensor:
     """
     before = _blends_before_hue(p)
     jittered = int((before >= 0).sum())
-    order = p[:jittered, Columns.ORDER]
+    order = p["order"][:jittered]
     blends = order[order != HUE].reshape(jittered, 3).astype(int)
-    factors = np.take_along_axis(p[:jittered, Columns.FACTORS], blends, 1)
+    factors = np.take_along_axis(p["factors"][:jittered], blends, 1)
     firsts = [int((before > i).sum()) for i in range(3)]
     for i, first in enumerate(firsts):
-        blend(x[:first], blends[:first, i], factors[:first, i])
-    if p[:jittered, Columns.HUE].any():
-        turn_hue(x[:jittered], p[:jittered, Columns.HUE])
+        if first > 0:
+            blend(x[:first], blends[:first, i], factors[:first, i])
+    if p["hue"][:jittered].any():
+        turn_hue(x[:jittered], p["hue"][:jittered])
     for i, first in enumerate(firsts):
-        blend(x[first:jittered], blends[first:, i], factors[first:, i])
+        if first < jittered:
+            blend(x[first:jittered], blends[first:, i], factors[first:, i])
     return x
 
 
@@ -112,8 +112,6 @@ def blend(x: Tensor, kinds: np.ndarray, factors: np.ndarray) -> None:
     All three are clamp(f·x + (1 - f)·m, 0, 1): with m black, the mean luma of the row, or each pixel's luma.
     So f and m make a 3 × 3 matrix of the colours and, for contrast, a constant.
     """
-    if len(x) == 0:
-        return
     colours = x.view(len(x), 3, -1)
     matrix = factors[:, None, None] * np.eye(3, dtype=np.float32)
     matrix += np.where(kinds == SATURATION, 1 - factors, 0)[:, None, None] * np.float32(LUMA)
