@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,25 +12,64 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from simclr import BadInput
+
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
-    """Join the processes that `torchrun` started, if it did; yield this process's device.
+    """Join the processes that `torchrun` or `srun` started, if one did; yield this process's device.
 
-    The backend is nccl on GPUs, one GPU per process, and gloo on CPUs.
+    The backend is nccl on GPUs, one GPU per process, and gloo on CPUs. Raises `BadInput` when the port on
+    which they meet is in use.
     """
+    adopt_slurm_step()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        # A task to which Slurm gave a GPU of its own sees that alone.
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if launched:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        join("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
     finally:
         if launched:
             dist.destroy_process_group()
+
+
+def adopt_slurm_step() -> None:
+    """Where `srun` started a task per process, without `torchrun`, set the variables that torch reads.
+
+    They meet at the step's first node, on a port that follows from the job's number.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))
+    if tasks == 1 or "RANK" in os.environ:
+        return
+    nodes = os.environ["SLURM_STEP_NODELIST"]
+    if "[" in nodes or "," in nodes:
+        command = ["scontrol", "show", "hostnames", nodes]
+        nodes = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    os.environ |= {
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_WORLD_SIZE": "1",  # Slurm binds each task to cores of its own
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR", nodes),
+        "MASTER_PORT": os.environ.get("MASTER_PORT", str(20_000 + int(os.environ["SLURM_JOB_ID"]) % 20_000)),
+    }
+
+
+def join(backend: str) -> None:
+    """Make the process group; raises `BadInput` when the port on which the processes meet is in use."""
+    try:
+        dist.init_process_group(backend)
+    except dist.DistNetworkError as error:
+        place = ":".join(os.environ.get(key, "") for key in ("MASTER_ADDR", "MASTER_PORT"))
+        raise BadInput(
+            f"{place}, where the processes meet: {str(error).splitlines()[0]}; set MASTER_PORT to a port "
+            "that is free on that machine, or start with `torchrun --standalone`"
+        ) from error
 
 
 def rank() -> int:

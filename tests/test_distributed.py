@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import socket
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from simclr import distributed
+from simclr import BadInput, distributed
 
 SIZES = [3, 1, 4]
 
@@ -88,3 +90,38 @@ def test_a_single_process_needs_no_group():
 def test_sync_batchnorm_keeps_every_name():
     names = list(_network().state_dict())
     assert list(distributed.sync_batchnorm(_network()).state_dict()) == names
+
+
+def test_tasks_that_srun_started_find_each_other(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    step = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NODELIST": "node1", "SLURM_PROCID": "3"}
+    for name, value in {**step, "SLURM_LOCALID": "1", "SLURM_JOB_ID": "61234"}.items():
+        monkeypatch.setenv(name, value)
+    distributed.adopt_slurm_step()
+    found = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
+    assert found == ["3", "1", "4", "node1", "21234"]
+    monkeypatch.setenv("RANK", "0")  # torchrun under srun: its word counts
+    distributed.adopt_slurm_step()
+    assert os.environ["RANK"] == "0"
+
+
+def test_a_job_of_one_task_is_one_process(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    distributed.adopt_slurm_step()
+    assert "RANK" not in os.environ
+
+
+def test_a_port_in_use_is_named(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        places = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        for name, value in places.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(BadInput, match=rf"localhost:{port}, where the processes meet: .*set MASTER_PORT"):
+            distributed.join("gloo")
