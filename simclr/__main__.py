@@ -1,8 +1,8 @@
 """The command line: `python -m simclr <step>`. Finds steps by name; a step's parameters are its options.
 
-`config: Recipe` in a step's signature reads `--config` as a `Recipe`; `train: Features` opens the folder
-given as `--train`; a `Path`, `str` or `int` is handed on as it is. One with a default may be
-left out.
+`config: Recipe` in a step's signature reads `--config` as a `Recipe`, and `run: Run` likewise;
+`train: Features` opens the folder given as `--train`; a `Path`, `str` or `int` is handed on as it is. One
+with a default may be left out.
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ STEPS = {
     "model_zoo": ("simclr.model_zoo:model_zoo", "collate all records into the page"),
     "schema": ("simclr.schema:write", "write the JSON schema of the config file, and its README"),
 }
+
+# Parameters that are blocks of the config file.
+BLOCKS = ("config", "run")
 
 # What the annotation of a step's parameter stands for on the command line.
 OPENERS = {
@@ -109,14 +112,14 @@ def _parser(step: str, function: Callable[..., Any]) -> argparse.ArgumentParser:
 
 
 def _help(parameter: inspect.Parameter) -> str:
-    if parameter.name == "config":
+    if parameter.name in BLOCKS:
         return "JSON, FILE, or FILE:BLOCK (config/config.yaml:benchmarks.imagenet_knn)"
     return parameter.annotation.split(" |")[0]
 
 
 def _open(function: Callable[..., Any], name: str, value: Any) -> Any:
-    if name == "config":
-        return read_block(value, find(f"{function.__module__}:{_annotation(function, name)}"))
+    if name in BLOCKS:
+        return read_block(value, find(f"{function.__module__}:{_annotation(function, name)}"), f"--{name}")
     annotation = _annotation(function, name)
     if annotation is None:  # --model and --output of a benchmark
         return value
@@ -129,7 +132,7 @@ def _annotation(function: Callable[..., Any], name: str) -> str | None:
     return parameter.annotation.split(" |")[0] if parameter else None
 
 
-def read_block(text: str, model: type[Any]) -> Any:
+def read_block(text: str, model: type[Any], option: str = "--config") -> Any:
     """Return `text` as a `model`: JSON as it stands, `FILE`, a YAML file, or `FILE:BLOCK`, a block of it.
 
     Raises `BadInput` when the text is none of these, the file has no such block, or it does not validate.
@@ -138,21 +141,21 @@ def read_block(text: str, model: type[Any]) -> Any:
 
     if text.lstrip().startswith("{"):
         try:
-            return parse(model, json.loads(text), "--config")
+            return parse(model, json.loads(text), option)
         except json.JSONDecodeError as error:
-            raise BadInput(f"--config: expected JSON or FILE:BLOCK, found invalid JSON: {error}") from error
+            raise BadInput(f"{option}: expected JSON or FILE:BLOCK, found invalid JSON: {error}") from error
     import yaml
 
     file, _, keys = text.partition(":")
     if not Path(file).is_file():
-        raise BadInput(f"--config: expected JSON, FILE or FILE:BLOCK; there is no file {file!r}")
+        raise BadInput(f"{option}: expected JSON, FILE or FILE:BLOCK; there is no file {file!r}")
     try:
         block = yaml.safe_load(Path(file).read_text())
     except yaml.YAMLError as error:
-        raise BadInput(f"--config: {file} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise BadInput(f"{option}: {file} is not valid YAML: {' '.join(str(error).split())}") from error
     for key in filter(None, keys.split(".")):
         if not isinstance(block, dict) or key not in block:
-            raise BadInput(f"--config: {file} has no block {keys} (stopped at {key!r})")
+            raise BadInput(f"{option}: {file} has no block {keys} (stopped at {key!r})")
         block = block[key]
     return parse(model, block or {}, text)
 

@@ -227,7 +227,22 @@ class Recipe(Closed):
         "epoch_after_warmup: MMSelfSup 1.x; step_after_warmup: google-research/simclr.",
     )
     drop_last: bool = Field(False, description="Drop the last, smaller batch of each epoch.")
-    sync_bn: bool = Field(True, description="BatchNorm statistics over all GPUs.")
+    batch_norm: Literal["whole_batch", "micro_batch", "process"] = Field(
+        "whole_batch",
+        description="Over which images BatchNorm takes its statistics. whole_batch: all of a step, on all "
+        "GPUs, as published; a run in micro-batches is refused. micro_batch: those that pass at one time, on "
+        "all GPUs. process: those that pass at one time on one GPU.",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="float32: as published. bfloat16: autocast on GPUs that have it, float32 elsewhere.",
+    )
+    pipeline: Literal["device", "reference"] = Field(
+        "device",
+        description="How views are made; both draw the same ones. device: decoded and cropped by the CPU, "
+        "all else batched on the device, without rounding to 8 bits in between. reference: PIL on the CPU, "
+        "as published.",
+    )
     augmentation: Augmentation = Augmentation()
     seed: int = Field(0, ge=0, description="Of the weights, the order of the images and the views.")
     version: int = Field(1, ge=1, description="Raise it to pretrain again.")
@@ -239,6 +254,37 @@ class Recipe(Closed):
                 f"warmup_epochs: expected less than the {self.epochs} epochs, found {self.warmup_epochs:g}"
             )
         return self
+
+
+class Run(Closed):
+    """How a machine runs a recipe. Nothing here changes the recipe, so no edit of it trains again."""
+
+    micro_batch: int | None = Field(
+        None,
+        ge=1,
+        description="Images per GPU that pass through the network at one time; null: a GPU's whole share of "
+        "the batch. Where that does not fit, gradient caching (Gao et al. 2021) gives the gradient of the "
+        "whole batch in the memory of a micro-batch, for one more forward pass.",
+    )
+    compile: bool = Field(False, description="Compile the network with torch.compile.")
+    knn_every: int = Field(
+        10,
+        ge=0,
+        description="Epochs between two online nearest-neighbour accuracies, of part of the val split; 0: "
+        "none. They show in the log and decide nothing.",
+    )
+    skip_images: int = Field(
+        0,
+        ge=0,
+        description="Images that may be undecodable before the run stops. Each is named, replaced by the "
+        "next one, and counted on the page.",
+    )
+    skip_steps: int = Field(
+        0,
+        ge=0,
+        description="Steps whose loss or gradient may be no finite number before the run stops. Each is "
+        "undone, left out, and counted on the page.",
+    )
 
 
 class ImportCheckpoint(Closed):
@@ -285,6 +331,7 @@ class Model(Closed):
         description="GPUs for pretraining; every other job of the model takes one. 0: all on the CPU. "
         "Does not change the recipe.",
     )
+    run: Run = Run()
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:

@@ -141,6 +141,7 @@ def page(rows: Rows, references: list[Reference], config: Config, folder: Path) 
         ),
         *_data_notes(config),
         *_models(config, folder),
+        *_pretrainings(rows, config, folder),
     ]
     for heading, names in sections():
         blocks += _section(heading, names, rows, references, config)
@@ -181,6 +182,49 @@ def _models(config: Config, folder: Path) -> list[Block]:
             pictures.append(Picture(f"Pretraining of {name}", _relative(curve, folder)))
     header = ["Model", "Backbone", "Weights from", "Differs from the defaults of that step"]
     return [Heading(2, "Models"), Table(header, table), *pictures]
+
+
+def _pretrainings(rows: Rows, config: Config, folder: Path) -> list[Block]:
+    """Say of every backbone pretrained here what its training saw, on what, and what was left out."""
+    table, notes = [], []
+    for name, model in config.models.items():
+        path = folder / name / "pretrain.json"
+        if model.pretrain is None or not path.exists():
+            continue
+        record = results.read(path, results.Pretraining)
+        gpus = record.hardware.get("gpus", [])
+        table.append(
+            [
+                Cell(name, href=_relative(path, folder)),
+                Cell(f"{record.images_seen:,}"),
+                Cell(f"{record.batch_norm_images:,}"),
+                Cell(record.precision),
+                Cell(f"{record.processes} × {gpus[0] if gpus else 'CPU'}"),
+                Cell(f"{record.gpu_hours:.1f}" if gpus else DASH),
+                Cell(f"{record.images_per_second:.0f}"),
+            ]
+        )
+        notes += [f"{name}: {note}" for note in _remarks(name, record, rows)]
+    if not table:
+        return []
+    header = ["Pretraining", "Images seen", "Images per BatchNorm", "Precision", "Processes"]
+    return [Table([*header, "GPU-hours", "Images/s"], table), Notes(notes)]
+
+
+def _remarks(name: str, record: results.Pretraining, rows: Rows) -> Iterable[str]:
+    """Yield what a reader of the numbers must know of the training behind them."""
+    if record.batch_norm_images < record.recipe["batch_size"]:
+        yield (
+            f"BatchNorm took its statistics of {record.batch_norm_images} images at a time, not of all "
+            f"{record.recipe['batch_size']} of a step"
+        )
+    if record.skipped_steps:
+        yield f"{record.skipped_steps} steps that were not finite were left out"
+    if record.skipped_images:
+        yield f"{len(record.skipped_images)} images could not be decoded and were replaced by the next ones"
+    others = {row.record.checkpoint_sha256 for (model, _), row in rows.items() if model == name}
+    if others - {record.checkpoint_sha256}:
+        yield "its records come from other weights than those of this training; run `snakemake all`"
 
 
 def _section(
@@ -240,10 +284,9 @@ def _recipe_differs(reference: Reference, config: Config) -> str:
     model = config.models[reference.model]
     source = getattr(model, model.source)
     theirs = type(source).model_construct().model_dump(mode="json") | (reference.recipe or {})
-    # Another seed is another draw of the same recipe.
-    return _difference(
-        source.model_dump(mode="json"), theirs, "published", {"version", "path", "url", "seed"}
-    )
+    # Another seed is another draw of the same recipe, and both pipelines make the same views of one draw.
+    draw = {"version", "path", "url", "seed", "pipeline"}
+    return _difference(source.model_dump(mode="json"), theirs, "published", draw)
 
 
 def _footnote(number: int, reference: Reference, differs: list[str]) -> str:

@@ -1,117 +1,162 @@
 """Pretraining with SimCLR: images, two views of each, NT-Xent, and at the end a backbone.
 
 A run is a pure function of its recipe and its images: order, crops and colours follow from the seed, the
-epoch and the image. So a rolling checkpoint holds no random state, and a run that was killed and resumed ends
-in the weights of one that was not (bit for bit on a CPU).
+epoch and the image, and nothing else is drawn. So a rolling checkpoint needs no random state, and a run that
+was killed and resumed ends in the weights of one that was not (bit for bit on a CPU).
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import math
-import os
-import pickle
-import signal
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from simclr import BadInput, datasets, distributed
+from simclr import BadInput, datasets, distributed, online_knn, results, rolling, stream
+from simclr.augment import augment
 from simclr.checkpoint import save_backbone
-from simclr.config import Recipe
+from simclr.config import Recipe, Run
 from simclr.datasets import Dataset
 from simclr.loss import nt_xent
 from simclr.model import projector, resnet
 from simclr.optim import LARS, SCHEDULES, parameter_groups
-from simclr.results import replacing, workplace
-from simclr.transforms import two_views
+from simclr.stream import Batch
+from simclr.training_log import Log, peak_memory_gb, plot, write_csv
 
 SAVE_SECONDS = 120  # between two rolling checkpoints
-KEPT = 2  # rolling checkpoints: the newest, and one to fall back to
-ROWS = 1000  # of pretrain.csv, at most (and one more)
-CPU_THREADS = torch.get_num_threads()  # of this job, before they are divided
-DECODED_BYTES = 256 * 2**20  # a dataset that is smaller in memory is decoded once
-STOPPED = 75  # exit status after SIGTERM or SIGUSR1: saved, start again to go on (EX_TEMPFAIL of sysexits.h)
+UNIFORMITY_ROWS = 512  # projections of which uniformity is taken; all pairs of a large batch would cost time
+
+RUN = Run()  # the whole share of the batch at one time
 
 
-def pretrain(config: Recipe, dataset: Dataset, output: Path, work: Path) -> None:
-    """Pretrain a backbone and write it to `output`, with pretrain.csv and pretrain.png beside it.
+def pretrain(config: Recipe, dataset: Dataset, output: Path, work: Path, run: Run = RUN) -> None:
+    """Pretrain a backbone and write it to `output`, with pretrain.json, .csv and .png beside it.
 
     `work` is a folder for rolling checkpoints and TensorBoard's log, in a folder of their own for each recipe
-    and images: after a kill, the same command goes on from there; another recipe starts afresh. SIGTERM and
-    SIGUSR1 end the step, save, and exit with status 75.
+    and images: after a kill, the same command goes on from there, on any number of processes; another recipe
+    starts afresh. SIGTERM and SIGUSR1 end the step, save, and exit with status 75.
 
-    Under `torchrun` the batch is divided over the processes. With the environment variable
-    TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 it passes SIGUSR1 on, instead of dying of it; the
-    status of `torchrun` itself is then 1.
+    Under `torchrun`, or `srun` with one task per GPU, the batch is divided over the processes. With the
+    environment variable TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 `torchrun` passes SIGUSR1 on,
+    instead of dying of it; its own status is then 1.
 
-    Raises `BadInput` for a batch that does not fit the images or the processes, while another process works
-    on the same run, and for a loss that is not finite.
+    Raises `BadInput` for a batch that does not fit images, processes or micro-batches, while another process
+    works on the same run, for images that cannot be decoded, and for a loss or gradient that is not finite
+    (`run.skip_images` and `run.skip_steps` of them are borne).
     """
     with (
         distributed.process_group() as device,
-        workplace(work, run_of(config, dataset)) as folder,
-        stop_signals() as signals,
+        results.workplace(work, run_of(config, dataset)) as folder,
+        rolling.stop_signals() as signals,
     ):
+        job = Job(config, run, dataset, device, folder)
         paths = datasets.samples(dataset, "train").paths
-        steps_per_epoch = count_steps(config, len(paths))
+        steps_per_epoch = count_steps(job, len(paths))
         steps = config.epochs * steps_per_epoch
+        peak_lr, schedule = config.lr * config.batch_size / 256, SCHEDULES[config.cosine]
 
         torch.manual_seed(config.seed)
         network = build(config).to(device, memory_format=torch.channels_last)
         optimizer = build_optimizer(config, network)
-        state = resume(folder, network, optimizer, device)
-        model = parallel(config, network, device).train()
-        schedule, peak_lr = SCHEDULES[config.cosine], config.lr * config.batch_size / 256
-        saved = time.monotonic()
+        state = resume(job, network, optimizer)
+        model = parallel(job, network).train()
+        loader = stream.load(config, run, paths, steps_per_epoch, state["step"], device)
 
+        saved = clock = time.monotonic()
+        begun = clock - state["seconds"]
         with Log(folder, state["rows"], state["open_row"], steps) as log:
-            for step, views in enumerate(load(config, paths, state["step"], device), start=state["step"]):
+            for step, (batch, undecodable) in enumerate(loader, start=state["step"]):
+                fetched = time.monotonic()
+                epoch, last_of_epoch = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
                 lr = schedule(step, steps_per_epoch, config.epochs, peak_lr, config.warmup_epochs)
                 for group in optimizer.param_groups:
                     group["lr"] = lr
-                # Both views pass through the network as one batch, so BatchNorm sees them together.
-                images = views.to(device, non_blocking=True).transpose(0, 1).flatten(0, 1)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16(device)):
-                    z = model(images.contiguous(memory_format=torch.channels_last))
-                loss = nt_xent(*z.chunk(2), config.temperature)
-                check_finite(loss, step, lr, folder)
-                optimizer.zero_grad()
-                (loss / config.gradient_divisor).backward()
-                optimizer.step()
 
-                log.add(step, step // steps_per_epoch, lr, loss.item(), len(views) * distributed.world_size())
-                stopping = distributed.any_rank(bool(signals), device) and step + 1 < steps
-                if stopping or step + 1 == steps or time.monotonic() - saved > SAVE_SECONDS:
-                    save(folder, step + 1, network, optimizer, log)
+                buffers = copies(network.buffers()) if run.skip_steps else []
+                images = len(batch[0]) * distributed.world_size()
+                optimizer.zero_grad()
+                measured = measure(*gradients(job, model, batch), network)
+                if math.isfinite(measured["loss"] + measured["gradient_norm"]):
+                    optimizer.step()
+                    state["images_seen"] += images
+                else:
+                    skip_step(job, state, step, lr, measured)
+                    restore(network, buffers)
+                    measured = dict.fromkeys(measured)
+                stopping = agree(job, state, paths, bool(signals), undecodable)
+                seconds = time.monotonic() - clock
+
+                knn = None
+                if last_of_epoch and knn_is_due(job, epoch):
+                    knn = online_knn.accuracy(network.backbone, job.dataset, job.size, loader.num_workers)
+                counts = {"skipped_steps": state["skipped_steps"]}
+                counts["skipped_images"] = len(state["undecodable"])
+                timed = {"images": images, "seconds": seconds, "wait": fetched - clock}
+                log.add(step, epoch, lr, counts, **measured, **timed, knn=knn)
+
+                if step + 1 == steps or stopping or time.monotonic() - saved > SAVE_SECONDS:
                     saved = time.monotonic()
-                if stopping:
+                    state |= {"seconds": saved - begun, "rows": log.rows, "open_row": log.open_row}
+                    save(job, step + 1, network, optimizer, state)
+                if stopping and step + 1 < steps:
                     print(
                         f"stopped after step {step + 1} of {steps}; the same command goes on", file=sys.stderr
                     )
-                    sys.exit(STOPPED)
+                    sys.exit(rolling.STOPPED)
+                clock = time.monotonic()
 
         if distributed.rank() == 0:
+            state["undecodable"] = [str(paths[i]) for i in state["undecodable"]]
             write_csv(log.rows, output.with_name("pretrain.csv"))
             plot(log.rows, output.with_name("pretrain.png"))
-            images_seen = config.epochs * min(steps_per_epoch * config.batch_size, len(paths))
-            save_backbone(
-                output, network.backbone.state_dict(), metadata(config, dataset, images_seen, steps, device)
-            )
+            save_backbone(output, network.backbone.state_dict(), metadata(job, state, steps))
+            results.write(record(job, state, steps, output), output.with_name("pretrain.json"))
+
+
+class Job(NamedTuple):
+    """A recipe on a machine."""
+
+    config: Recipe
+    run: Run
+    dataset: Dataset
+    device: torch.device
+    folder: Path
+
+    @property
+    def size(self) -> int:
+        """Edge of a view in pixels."""
+        return self.config.augmentation.image_size
+
+    @property
+    def bfloat16(self) -> bool:
+        """Whether the network computes in bfloat16: if the recipe says so and the GPU has it."""
+        on_gpu = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return self.config.precision == "bfloat16" and on_gpu
+
+    @property
+    def batch_norm_images(self) -> int:
+        """Images whose statistics BatchNorm takes, in every step but the last of an epoch."""
+        world = distributed.world_size()
+        at_once = self.run.micro_batch or self.config.batch_size // world
+        return at_once if self.config.batch_norm == "process" else at_once * world
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What may change when a run goes on."""
+        return {
+            "processes": distributed.world_size(),
+            "micro_batch": self.run.micro_batch,
+            "device": self.device.type,
+        }
 
 
 # ---------------------------------------------------------------- network
@@ -134,140 +179,168 @@ def build_optimizer(config: Recipe, network: nn.Module) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups, config.lr, (config.momentum, 0.999))
 
 
-def parallel(config: Recipe, network: nn.Module, device: torch.device) -> nn.Module:
+def parallel(job: Job, network: nn.Module) -> nn.Module:
     """Return `network` as one of `world_size()` replicas, whose gradients are averaged."""
+    if distributed.world_size() > 1 and job.config.batch_norm != "process":
+        network = distributed.sync_batchnorm(network)
+    if job.run.compile:
+        network.compile()
     if distributed.world_size() == 1:
         return network
-    if config.sync_bn:
-        network = distributed.sync_batchnorm(network)
-    devices = [device] if device.type == "cuda" else None
+    devices = [job.device] if job.device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(network, devices, broadcast_buffers=False)
 
 
-def bfloat16(device: torch.device) -> bool:
-    """Return whether the device has bfloat16 arithmetic. (The published runs used float32.)"""
-    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return a copy of each tensor."""
+    return [tensor.clone() for tensor in tensors]
 
 
-def check_finite(loss: Tensor, step: int, lr: float, folder: Path) -> None:
-    """Raise `BadInput` when the loss is not a finite number; the same on every rank, as the loss is."""
-    if not torch.isfinite(loss):
+def restore(network: nn.Module, buffers: list[Tensor]) -> None:
+    """Set the buffers of `network`, the running statistics of BatchNorm, back to `buffers`."""
+    for buffer, before in zip(network.buffers(), buffers, strict=True):
+        buffer.copy_(before)
+
+
+# ---------------------------------------------------------------- one step
+
+
+def gradients(job: Job, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Leave the gradient of the batch's NT-Xent in every parameter; return loss and `(2, n, D)` projections.
+
+    A batch that is larger than the run's micro-batch passes in pieces, twice (gradient caching, Gao et al.
+    2021, arXiv 2101.06983): first without gradient, for the loss of all projections and its gradient with
+    respect to each; then again piece by piece, to carry that on into the parameters. Loss and gradient are
+    those of the whole batch; only BatchNorm sees the pieces, and its running statistics see each once.
+    """
+    temperature, divisor = job.config.temperature, job.config.gradient_divisor
+    share = len(batch[0])
+    pieces = math.ceil(share / (job.run.micro_batch or share))
+    if pieces == 1:
+        z = project(job, model, batch)
+        loss = nt_xent(*z, temperature)
+        (loss / divisor).backward()
+        return loss.detach(), z.detach()
+
+    # Every `pieces`-th image, as ranks take every world-th: a process with two pieces has those of two ranks.
+    parts = [[x[first::pieces] for x in batch] for first in range(pieces)]
+    buffers = copies(model.buffers())
+    with torch.no_grad():
+        z = torch.cat([project(job, model, part) for part in parts], 1).float()
+    restore(model, buffers)
+    loss = nt_xent(*z.requires_grad_(), temperature)
+    (loss / divisor).backward()
+    of_parts = z.grad.split([len(part[0]) for part in parts], 1)
+    for number, (part, gradient) in enumerate(zip(parts, of_parts, strict=True), start=1):
+        # DistributedDataParallel averages what has been summed up when the last piece is through.
+        with model.no_sync() if hasattr(model, "no_sync") and number < pieces else nullcontext():
+            again = project(job, model, part)
+            again.backward(gradient.to(again.dtype))
+    return loss.detach(), z.detach()
+
+
+def project(job: Job, model: nn.Module, batch: Batch) -> Tensor:
+    """Return the projections `(2, n, D)` of both views of n images.
+
+    Both views pass through the network as one batch, so BatchNorm sees them together.
+    """
+    views, *parameters = (x.transpose(0, 1).flatten(0, 1) for x in batch)
+    images = views.to(job.device, non_blocking=True)
+    if job.config.pipeline == "device":
+        images = augment(images, *parameters)
+    with torch.autocast(job.device.type, torch.bfloat16, enabled=job.bfloat16):
+        return model(images.contiguous(memory_format=torch.channels_last)).unflatten(0, (2, -1))
+
+
+@torch.no_grad()
+def measure(loss: Tensor, z: Tensor, network: nn.Module) -> dict[str, float]:
+    """Return loss, norm of the gradient, and alignment and uniformity of projections `(2, n, D)`.
+
+    Alignment is the mean squared distance of the two views of an image; uniformity the logarithm of the mean
+    of exp(−2·squared distance) over all pairs, here of at most 512 projections of the first rank (Wang and
+    Isola 2020, arXiv 2005.10242). Loss and norm are the same on every rank.
+    """
+    z = F.normalize(z.float(), dim=-1)
+    rows = z[:, : UNIFORMITY_ROWS // 2].flatten(0, 1)
+    values = {
+        "loss": loss,
+        "gradient_norm": nn.utils.get_total_norm([p.grad for p in network.parameters()]),
+        "alignment": (z[0] - z[1]).square().sum(1).mean(),
+        "uniformity": F.pdist(rows).square().mul(-2).exp().mean().log(),
+    }
+    # One transfer, so that the device is waited for once.
+    return dict(zip(values, torch.stack(list(values.values())).tolist(), strict=True))
+
+
+def skip_step(job: Job, state: dict[str, Any], step: int, lr: float, measured: dict[str, float]) -> None:
+    """Count a step that is to be undone; raises `BadInput` when the run bears no more of them.
+
+    Loss and norm of the gradient are the same on every rank, so all stop together.
+    """
+    state["skipped_steps"] += 1
+    found = ", ".join(f"{key} {measured[key]}" for key in ("loss", "gradient_norm"))
+    if state["skipped_steps"] > job.run.skip_steps:
         raise BadInput(
-            f"step {step}: the loss is {loss.item()} at a learning rate of {lr:.3g}; lower `lr` or raise "
-            f"`warmup_epochs` or `temperature`, delete {folder}, and start again"
+            f"step {step}: expected finite numbers, found {found} at a learning rate of {lr:.3g}; lower `lr` "
+            "or raise `warmup_epochs` or `temperature` in the recipe; or go on from the last good state, in "
+            f"{job.folder}, with run.skip_steps above {job.run.skip_steps}, which leaves such steps out"
         )
+    print(f"step {step}: {found} at a learning rate of {lr:.3g}; undone and left out", file=sys.stderr)
 
 
-# ---------------------------------------------------------------- data
+def agree(
+    job: Job, state: dict[str, Any], paths: Sequence[Any], stopping: bool, undecodable: list[int]
+) -> bool:
+    """Tell every rank what happened on one; return whether any was asked to stop.
+
+    Raises `BadInput` on all of them when more images cannot be decoded than the run bears.
+    """
+    news = torch.tensor([float(stopping), float(len(undecodable))], device=job.device)
+    stop, found = distributed.total(news).tolist()
+    if found:
+        mine = torch.tensor(undecodable, dtype=torch.int64, device=job.device)
+        everyone = torch.cat(distributed.gather(mine)).tolist()
+        state["undecodable"] = sorted({*state["undecodable"], *everyone})
+    if len(state["undecodable"]) > job.run.skip_images:
+        names = ", ".join(str(paths[i]) for i in state["undecodable"][:5])
+        raise BadInput(
+            f"{len(state['undecodable'])} images cannot be decoded, more than run.skip_images: "
+            f"{job.run.skip_images}; replace them by intact copies, or raise it: {names}"
+        )
+    return stop > 0
 
 
-def count_steps(config: Recipe, images: int) -> int:
-    """Return the steps per epoch; raises `BadInput` when the batch fits neither images nor processes."""
-    world = distributed.world_size()
+def knn_is_due(job: Job, epoch: int) -> bool:
+    """Return whether the nearest neighbours are asked at the end of `epoch`, counted from 0."""
+    every = job.run.knn_every
+    return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == job.config.epochs)
+
+
+def count_steps(job: Job, images: int) -> int:
+    """Return the steps per epoch; raises `BadInput` for a batch that does not fit images and processes."""
+    config, micro_batch, world = job.config, job.run.micro_batch, distributed.world_size()
     if images < config.batch_size:
         raise BadInput(
             f"batch_size: expected at most the {images} images of {config.dataset}'s train split, found "
             f"{config.batch_size}; lower batch_size"
         )
-    if config.batch_size % world:
+    at_once = world * (micro_batch or 1)
+    if config.batch_size % at_once:
+        pieces = f" × run.micro_batch {micro_batch}" if micro_batch else ""
         raise BadInput(
-            f"batch_size: expected a multiple of the {world} processes, found {config.batch_size}; change "
-            "batch_size or the number of GPUs"
+            f"batch_size: expected a multiple of the {world} processes{pieces}, found {config.batch_size}; "
+            f"change batch_size or the number of GPUs{' or micro_batch' if micro_batch else ''}"
+        )
+    if config.batch_norm == "whole_batch" and micro_batch and at_once < config.batch_size:
+        raise BadInput(
+            f"run.micro_batch: {world} × {micro_batch} images pass at one time, but the recipe wants "
+            f"BatchNorm's statistics of all {config.batch_size}; set micro_batch: null and take more GPUs, "
+            "or set batch_norm: micro_batch in the recipe, which makes it another one"
         )
     return images // config.batch_size if config.drop_last else math.ceil(images / config.batch_size)
 
 
-def order(images: int, batch_size: int, seed: int, epoch: int, rank: int, world: int) -> list[np.ndarray]:
-    """Return the images of each step of `epoch` for `rank`; the last step may be smaller.
-
-    A step takes the same images whatever the number of processes, each of which has an equal share. For that
-    the last step is filled up with the first images of the epoch, at most `world` − 1 of them.
-    """
-    shuffled = np.random.default_rng([seed, epoch]).permutation(images)
-    shuffled = np.concatenate([shuffled, shuffled[: -images % world]])
-    return [shuffled[i : i + batch_size][rank::world] for i in range(0, len(shuffled), batch_size)]
-
-
-def keys(config: Recipe, images: int, first_step: int) -> Iterator[list[tuple[int, int]]]:
-    """Yield this process's (epoch, image) pairs of every step from `first_step` to the end of the run."""
-    steps_per_epoch = count_steps(config, images)
-    for epoch in range(first_step // steps_per_epoch, config.epochs):
-        batches = order(
-            images, config.batch_size, config.seed, epoch, distributed.rank(), distributed.world_size()
-        )[:steps_per_epoch]
-        done = max(first_step - epoch * steps_per_epoch, 0)
-        for batch in batches[done:]:
-            yield [(epoch, int(i)) for i in batch]
-
-
-class Views:
-    """Two views of an image as the item (epoch, image) of a map-style dataset; decoded beforehand if few."""
-
-    def __init__(self, config: Recipe, paths: Sequence[Path]):
-        self.seed, self.paths, self.draw = config.seed, paths, two_views(config.augmentation)
-        self.decoded = decode_all(paths)
-
-    def __getitem__(self, key: tuple[int, int]) -> Tensor:
-        epoch, i = key
-        image = self.decoded[i] if self.decoded else datasets.decode(self.paths[i])
-        return self.draw(image, np.random.default_rng([self.seed, epoch, i]))
-
-
-def decode_all(paths: Sequence[Path], limit: int = DECODED_BYTES) -> list[Image.Image]:
-    """Return all images decoded, or none when they need more than `limit` bytes."""
-    images: list[Image.Image] = []
-    size = 0
-    for path in paths:
-        images.append(datasets.decode(path))
-        size += 3 * images[-1].width * images[-1].height
-        if size > limit:
-            return []
-    return images
-
-
-def load(config: Recipe, paths: Sequence[Path], first_step: int, device: torch.device) -> DataLoader:
-    """Return a loader of `(n, 2, 3, H, W)` views of this process's images, one item per step to the end."""
-    return DataLoader(
-        Views(config, paths),
-        batch_sampler=keys(config, len(paths), first_step),
-        num_workers=divide_cores(device),
-        pin_memory=device.type == "cuda",
-        worker_init_fn=_leave_signals_to_the_trainer,
-    )
-
-
-def divide_cores(device: torch.device) -> int:
-    """Return how many processes make views; on the CPU, which also trains, half of the job's cores."""
-    if device.type == "cuda":
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return min(max(cores - 1, 1), 16)
-    workers = max(CPU_THREADS // 2, 1)
-    torch.set_num_threads(max(CPU_THREADS - workers, 1))
-    return workers
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """Ignore in a loader's worker the signals that a cluster sends to all processes of a job."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
 # ---------------------------------------------------------------- stopping and going on
-
-
-@contextmanager
-def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGUSR1 in the list that is yielded, instead of dying of them."""
-    received: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGTERM, signal.SIGUSR1)
-    }
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run_of(config: Recipe, dataset: Dataset) -> dict[str, Any]:
@@ -275,142 +348,90 @@ def run_of(config: Recipe, dataset: Dataset) -> dict[str, Any]:
     return {"recipe": config.model_dump(mode="json"), "dataset_manifest": dataset.dataset.manifest_sha256}
 
 
-def save(folder: Path, step: int, network: nn.Module, optimizer: torch.optim.Optimizer, log: Log) -> None:
-    """Write the state after `step` steps as a rolling checkpoint, whole or not at all, and drop old ones."""
-    if distributed.rank() > 0:
-        return
-    state = {
-        "step": step,
-        "network": network.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "rows": log.rows,
-        "open_row": log.open_row,
-    }
-    with replacing(folder / f"checkpoint-{step:09d}.pt") as part:
-        torch.save(state, part)
-    for old in sorted(folder.glob("checkpoint-*.pt"))[:-KEPT]:
-        old.unlink()
+def save(
+    job: Job, step: int, network: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Write the state after `step` steps, whole or not at all; raises `BadInput` for weights not finite."""
+    if not torch.stack(torch._foreach_norm(list(network.parameters()))).isfinite().all():
+        raise BadInput(
+            f"after step {step} a weight is not finite; the state before is in {job.folder}; lower `lr` or "
+            "raise `warmup_epochs`"
+        )
+    if distributed.rank() == 0:
+        held = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "machine": job.machine}
+        rolling.save(job.folder, step, run_of(job.config, job.dataset), state | held)
 
 
-def resume(
-    folder: Path, network: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> dict[str, Any]:
-    """Load the newest rolling checkpoint that can be read, if there is one; return its step and history."""
-    checkpoints = sorted(folder.glob("checkpoint-*.pt"), reverse=True)
-    for path in checkpoints:
-        try:
-            state = torch.load(path, map_location=device, weights_only=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            reason = (str(error) or "it is empty").splitlines()[0]
-            print(f"{path} cannot be read ({reason}); trying an older one", file=sys.stderr)
-            continue
-        network.load_state_dict(state["network"])
-        optimizer.load_state_dict(state["optimizer"])
-        return state
-    if checkpoints:
-        raise BadInput(f"{folder}: no rolling checkpoint can be read; delete it to start from the beginning")
-    return {"step": 0, "rows": [], "open_row": []}
+def resume(job: Job, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load the newest rolling checkpoint, if there is one; return step, history and what was counted."""
+    state = rolling.newest(job.folder, run_of(job.config, job.dataset), job.device)
+    if state is None:
+        counted = {"seconds": 0.0, "images_seen": 0, "skipped_steps": 0, "undecodable": []}
+        return {"step": 0, "rows": [], "open_row": [], **counted}
+    network.load_state_dict(state.pop("network"))
+    optimizer.load_state_dict(state.pop("optimizer"))
+    changed = list(rolling.differences(state.pop("machine"), job.machine))
+    if changed and distributed.rank() == 0:
+        but = "" if job.config.batch_norm == "whole_batch" else ", and in the images BatchNorm takes together"
+        print(
+            f"going on after step {state['step']} with {'; '.join(changed)}: from here on the result differs "
+            f"in rounding{but}",
+            file=sys.stderr,
+        )
+    return state
 
 
-# ---------------------------------------------------------------- log
+# ---------------------------------------------------------------- what a run leaves
 
 
-class Log:
-    """Progress on the terminal, TensorBoard's log, and the rows of pretrain.csv, each over some steps."""
-
-    def __init__(self, folder: Path, rows: list[dict[str, float]], open_row: list[list[float]], steps: int):
-        self.rows, self.open_row, self.steps = rows, open_row, steps
-        self.steps_per_row = math.ceil(steps / ROWS)
-        self.last = time.monotonic()
-        self.board = self.bar = None
-        if distributed.rank() == 0:
-            first = rows[-1]["step"] + 1 if rows else 0
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=int(first))
-            self.bar = tqdm(total=steps, initial=int(first), unit="step", disable=not sys.stderr.isatty())
-
-    def add(self, step: int, epoch: int, lr: float, loss: float, images: int) -> None:
-        """Take note of a finished step of `images` images."""
-        now = time.monotonic()
-        self.open_row.append([loss, images, now - self.last])
-        self.last = now
-        if (step + 1) % self.steps_per_row and step + 1 < self.steps:
-            return
-        loss, images, seconds = (sum(values) for values in zip(*self.open_row, strict=True))
-        row = {
-            "step": step + 1,
-            "epoch": epoch + 1,
-            "lr": lr,
-            "loss": loss / len(self.open_row),
-            "images_per_second": images / seconds,
-        }
-        self.rows.append(row)
-        self.open_row.clear()
-        if distributed.rank() == 0:
-            self._show(row, seconds / self.steps_per_row)
-
-    def _show(self, row: dict[str, float], seconds_per_step: float) -> None:
-        for key in ("lr", "loss", "images_per_second"):
-            self.board.add_scalar(key, row[key], row["step"])
-        text = "epoch {epoch} lr {lr:.4g} loss {loss:.4f} {images_per_second:.0f} images/s".format(**row)
-        if self.bar.disable:
-            left = timedelta(seconds=round((self.steps - row["step"]) * seconds_per_step))
-            print(f"step {row['step']} of {self.steps} {text}, {left} left", flush=True)
-        else:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(row["step"] - self.bar.n)
-
-    def __enter__(self) -> Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Write what is still in memory."""
-        if distributed.rank() == 0:
-            self.board.close()
-            self.bar.close()
-
-
-def write_csv(rows: list[dict[str, float]], path: Path) -> None:
-    """Write the rows of the log as CSV, whole or not at all."""
-    with replacing(path) as part, part.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def plot(rows: list[dict[str, float]], path: Path) -> None:
-    """Draw loss and learning rate over the epochs as PNG; equal rows give equal bytes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    steps = [row["step"] for row in rows]
-    figure, axes = pyplot.subplots(2, sharex=True, figsize=(7, 5), height_ratios=(3, 1), layout="constrained")
-    for axis, key, label in zip(axes, ("loss", "lr"), ("NT-Xent", "learning rate"), strict=True):
-        axis.plot(steps, [row[key] for row in rows], linewidth=1)
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    axes[1].set_xlabel("step")
-    axes[1].set_ylim(bottom=0)
-    with replacing(path) as part:
-        figure.savefig(part, format="png", dpi=120)
-    pyplot.close(figure)
-
-
-def metadata(
-    config: Recipe, dataset: Dataset, images_seen: int, steps: int, device: torch.device
-) -> dict[str, str]:
-    """Return what the backbone file says of itself; a function of the run, so equal runs give equal files."""
+def facts(job: Job, state: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Return what a run did, as far as it is the same for every run like it."""
     return {
-        "architecture": config.architecture,
-        "source": "pretrain",
-        "recipe": json.dumps(config.model_dump(mode="json"), sort_keys=True),
-        "epochs": str(config.epochs),
-        "steps": str(steps),
-        "images_seen": str(images_seen),
-        "precision": "bfloat16 autocast" if bfloat16(device) else "float32",
-        "dataset": dataset.dataset.name,
-        "dataset_manifest_sha256": dataset.dataset.manifest_sha256,
-        "processes": str(distributed.world_size()),
-        "torch": torch.__version__,
+        "steps": steps,
+        "images_seen": state["images_seen"],
+        "skipped_steps": state["skipped_steps"],
+        "processes": distributed.world_size(),
+        "batch_norm_images": job.batch_norm_images,
+        "precision": "bfloat16 autocast" if job.bfloat16 else "float32",
     }
+
+
+def metadata(job: Job, state: dict[str, Any], steps: int) -> dict[str, str]:
+    """Return what the backbone file says of itself; a function of the run, so equal runs give equal files.
+
+    What differs between equal runs, as time does, is in pretrain.json, which names the file's hash.
+    """
+    return {
+        "architecture": job.config.architecture,
+        "source": "pretrain",
+        "recipe": json.dumps(job.config.model_dump(mode="json"), sort_keys=True),
+        "run": job.run.model_dump_json(),
+        "epochs": str(job.config.epochs),
+        **{key: str(value) for key, value in facts(job, state, steps).items()},
+        "skipped_images": json.dumps(state["undecodable"]),
+        "dataset": job.dataset.dataset.name,
+        "dataset_manifest_sha256": job.dataset.dataset.manifest_sha256,
+        "software": json.dumps(results.software()),
+        "hardware": json.dumps(results.hardware()),
+    }
+
+
+def record(job: Job, state: dict[str, Any], steps: int, backbone: Path) -> results.Pretraining:
+    """Return what was run, on what, and how long it took."""
+    seconds = state["seconds"]
+    knn = [row["knn"] for row in state["rows"] if row["knn"] is not None]
+    return results.Pretraining(
+        checkpoint_sha256=results.sha256(backbone),
+        dataset=job.dataset.dataset,
+        recipe=job.config.model_dump(mode="json"),
+        run=job.run.model_dump(mode="json"),
+        **facts(job, state, steps),
+        skipped_images=state["undecodable"],
+        knn=knn[-1] if knn else None,
+        seconds=seconds,
+        gpu_hours=distributed.world_size() * seconds / 3600 if job.device.type == "cuda" else 0,
+        images_per_second=state["images_seen"] / seconds,
+        peak_memory_gb=peak_memory_gb(),
+        software=results.software(),
+        hardware=results.hardware(),
+    )

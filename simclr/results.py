@@ -1,4 +1,4 @@
-"""Records: the result of one benchmark for one model, written whole and validated on write and on read."""
+"""Records: what a benchmark measured, or a pretraining was; written whole, validated on write and on read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field, FiniteFloat, ValidationError
 
@@ -20,6 +20,7 @@ from simclr import BadInput, __version__
 from simclr.protocol import Closed
 
 Sha256 = str
+Kind = TypeVar("Kind", bound=Closed)
 
 
 class Spread(Closed):
@@ -50,7 +51,33 @@ class Record(Closed):
     seconds: FiniteFloat = Field(ge=0)
 
 
-def write(record: Record, path: Path) -> None:
+class Pretraining(Closed):
+    """How a backbone was pretrained: the record beside backbone.safetensors, pretrain.json."""
+
+    schema_version: Literal[1] = 1
+    checkpoint_sha256: Sha256 = Field(pattern="^[0-9a-f]{64}$")
+    dataset: DatasetStamp
+    recipe: dict[str, Any]
+    run: dict[str, Any]
+    steps: int
+    images_seen: int = Field(description="Over all epochs; those filled up to equal shares included.")
+    skipped_steps: int = Field(description="Not finite, undone and left out.")
+    skipped_images: list[str] = Field(description="Not decodable, replaced by the next one.")
+    processes: int
+    batch_norm_images: int = Field(description="Images whose statistics BatchNorm took, but for last steps.")
+    precision: str
+    knn: FiniteFloat | None = Field(description="The last online nearest-neighbour accuracy in percent.")
+    seconds: FiniteFloat = Field(ge=0, description="Wall time, without what was lost to kills.")
+    gpu_hours: FiniteFloat = Field(ge=0)
+    images_per_second: FiniteFloat = Field(ge=0)
+    peak_memory_gb: FiniteFloat = Field(
+        ge=0, description="Of the first process: on its GPU, or on the CPU all that was resident."
+    )
+    software: dict[str, str]
+    hardware: dict[str, Any]
+
+
+def write(record: Closed, path: Path) -> None:
     """Write `record` as JSON, whole or not at all. Raises `BadInput` for a value that JSON cannot hold."""
     try:
         text = json.dumps(record.model_dump(), indent=1, sort_keys=True, allow_nan=False)
@@ -60,10 +87,10 @@ def write(record: Record, path: Path) -> None:
         part.write_text(text + "\n")
 
 
-def read(path: Path) -> Record:
+def read(path: Path, kind: type[Kind] = Record) -> Kind:
     """Read and validate a record; raises `BadInput` naming the file and the offending key."""
     try:
-        return Record.model_validate_json(Path(path).read_bytes())
+        return kind.model_validate_json(Path(path).read_bytes())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BadInput(f"{path}: no such record; make it with `snakemake {path}`") from error
     except IsADirectoryError as error:
@@ -88,6 +115,11 @@ def replacing(path: Path) -> Iterator[Path]:
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)  # the name, too, outlives a crash of the machine
+        finally:
+            os.close(directory)
     finally:
         part.unlink(missing_ok=True)
 

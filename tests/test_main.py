@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from simclr import BadInput
-from simclr.__main__ import OPENERS, STEPS, find, main, read_block
+from simclr.__main__ import BLOCKS, OPENERS, STEPS, find, main, read_block
 from simclr.benchmarks import BENCHMARKS, imagenet_knn
 from simclr.config import Config
 
@@ -48,7 +48,7 @@ def test_every_step_has_help_and_opens_what_its_signature_says(step, capsys):
         if name == "return":
             continue
         assert f"--{name.replace('_', '-')}" in shown
-        if name == "config":
+        if name in BLOCKS:
             assert find(f"{function.__module__}:{annotation}")
         else:
             assert annotation.split(" |")[0] in OPENERS, f"{step} --{name}: {annotation}"

@@ -184,7 +184,7 @@ def test_only_a_run_of_that_recipe_protocol_and_data_is_called_like_for_like(tmp
         }
         return parse(Config, content, "-")
 
-    shipped = footnote(changed(seed=3))
+    shipped = footnote(changed(seed=3, pipeline="reference"))
     assert "; like for like: weights and protocol of v0.9.0" in shipped
     assert "but this run differs" not in shipped
 
@@ -193,6 +193,7 @@ def test_only_a_run_of_that_recipe_protocol_and_data_is_called_like_for_like(tmp
     for line, where in (
         (footnote(changed(gradient_divisor=1)), "weights (see Models)"),
         (footnote(changed(epochs=800)), "weights (see Models)"),
+        (footnote(changed(precision="bfloat16")), "weights (see Models)"),
         (footnote(changed(), config=config), "protocol (see below)"),
         (footnote(changed(fewer)), "data (see the top of the page)"),
     ):
@@ -381,3 +382,55 @@ def test_the_rows_of_mmselfsup_are_its_figures():
                 assert (reference.model, name) not in found
                 found[reference.model, name] = tuple(values.get(key) for key in load(name).COLUMNS)
     assert found == README_V0_11
+
+
+def a_pretraining(**changes) -> results.Pretraining:
+    values = {
+        "checkpoint_sha256": "ab" * 32,
+        "dataset": {"name": "imagenet", "manifest_sha256": "cd" * 32},
+        "recipe": {"batch_size": 256},
+        "run": {},
+        "steps": 1_001_000,
+        "images_seen": 256_233_400,
+        "skipped_steps": 0,
+        "skipped_images": [],
+        "processes": 8,
+        "batch_norm_images": 256,
+        "precision": "float32",
+        "knn": 48.0,
+        "seconds": 3600.0,
+        "gpu_hours": 8.04,
+        "images_per_second": 2000.4,
+        "peak_memory_gb": 12.0,
+        "software": {},
+        "hardware": {"cores": 64, "gpus": ["NVIDIA X"] * 8},
+    }
+    return results.Pretraining.model_validate(values | changes)
+
+
+def test_the_page_says_what_a_pretraining_saw(tmp_path):
+    results.write(a_pretraining(), tmp_path / ZOO / "pretrain.json")
+    page = made(tmp_path, a_config(ZOO, imagenet_knn={}), a_record(ZOO, "imagenet_knn", KNN))
+    row = f"| [{ZOO}]({ZOO}/pretrain.json) | 256,233,400 | 256 | float32 | 8 × NVIDIA X | 8.0 | 2000 |"
+    assert row in section(page, "Models")
+    assert "were left out" not in page
+
+
+def test_the_page_says_what_a_pretraining_left_out_and_what_batchnorm_saw(tmp_path):
+    changes = {"skipped_steps": 2, "skipped_images": ["a.JPEG"], "batch_norm_images": 64}
+    results.write(a_pretraining(**changes, checkpoint_sha256="99" * 32), tmp_path / ZOO / "pretrain.json")
+    page = made(tmp_path, a_config(ZOO, imagenet_knn={}), a_record(ZOO, "imagenet_knn", KNN))
+    for said in (
+        "BatchNorm took its statistics of 64 images at a time, not of all 256 of a step",
+        "2 steps that were not finite were left out",
+        "1 images could not be decoded",
+        "its records come from other weights than those of this training",
+    ):
+        assert f"{ZOO}: {said}" in section(page, "Models")
+
+
+def test_a_pretraining_record_that_is_not_valid_is_named(tmp_path):
+    (tmp_path / ZOO).mkdir()
+    (tmp_path / ZOO / "pretrain.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"pretrain.json: not a valid record: checkpoint_sha256"):
+        made(tmp_path, a_config(ZOO, imagenet_knn={}))

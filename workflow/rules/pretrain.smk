@@ -2,14 +2,15 @@
 rule pretrain:
     """Pretrain with SimCLR. What a kill must not lose lies in the work folder; the output is only ever whole.
 
-    The number of GPUs is a resource, not a param: the batch is divided over them, the result does not change,
-    and nothing is trained again because a machine has more of them.
+    How a machine runs it must not decide whether it is stale: the number of GPUs is a resource, and the model's
+    `run:` block a param that depends on one, which Snakemake does not compare.
     """
     input:
         # A dataset verified again is no reason to train again; other images are: raise the recipe's version.
         dataset=ancient("<results>/datasets/imagenet.json"),
     output:
         backbone="<results>/{model}/backbone.safetensors",
+        record="<results>/{model}/pretrain.json",
         loss="<results>/{model}/pretrain.csv",
         picture="<results>/{model}/pretrain.png",
     log:
@@ -33,6 +34,7 @@ rule pretrain:
     params:
         config=source_block,
         work=work_folder("pretrain"),
+        run=run_block,
         python=lambda wildcards, resources: (
             "TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 "
             f"torchrun --standalone --nproc-per-node={resources.gpu}"
@@ -41,7 +43,7 @@ rule pretrain:
         ),
     shell:
         "{params.python} -m simclr pretrain --dataset {input.dataset} --config {params.config:q}"
-        " --work {params.work:q} --output {output.backbone} > {log} 2>&1"
+        " --run {params.run:q} --work {params.work:q} --output {output.backbone} > {log} 2>&1"
 
 
 rule import_checkpoint:

@@ -1,0 +1,127 @@
+"""The images of a pretraining in order: a function of seed, epoch, image and number of processes alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from simclr import BadInput, datasets, distributed
+from simclr.config import Recipe, Run
+from simclr.rolling import leave_signals_to_the_trainer
+from simclr.transforms import two_crops, two_views
+
+CPU_THREADS = torch.get_num_threads()  # of this job, before they are divided
+DECODED_BYTES = 256 * 2**20  # a dataset that is smaller in memory is decoded once
+
+Batch = list[Tensor]  # what a loader gives of n images: `(n, 2, …)` each
+
+
+def order(images: int, batch_size: int, seed: int, epoch: int, rank: int, world: int) -> list[np.ndarray]:
+    """Return the images of each step of `epoch` for `rank`; the last step may be smaller.
+
+    A step takes the same images whatever the number of processes, each of which has an equal share. For that
+    the last step is filled up with the first images of the epoch, at most `world` − 1 of them.
+    """
+    shuffled = np.random.default_rng([seed, epoch]).permutation(images)
+    shuffled = np.concatenate([shuffled, shuffled[: -images % world]])
+    return [shuffled[i : i + batch_size][rank::world] for i in range(0, len(shuffled), batch_size)]
+
+
+def keys(
+    config: Recipe, images: int, steps_per_epoch: int, first_step: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield this process's (epoch, image) pairs of every step from `first_step` to the end of the run."""
+    for epoch in range(first_step // steps_per_epoch, config.epochs):
+        batches = order(
+            images, config.batch_size, config.seed, epoch, distributed.rank(), distributed.world_size()
+        )[:steps_per_epoch]
+        done = max(first_step - epoch * steps_per_epoch, 0)
+        for batch in batches[done:]:
+            yield [(epoch, int(i)) for i in batch]
+
+
+class Views:
+    """Two views of an image as the item (epoch, image) of a map-style dataset; decoded beforehand if few."""
+
+    def __init__(self, config: Recipe, run: Run, paths: Sequence[Path]):
+        self.seed, self.paths, self.bear = config.seed, paths, run.skip_images
+        self.pipeline, pipelines = config.pipeline, {"device": two_crops, "reference": two_views}
+        self.draw = pipelines[config.pipeline](config.augmentation)
+        self.decoded = decode_all(paths, DECODED_BYTES)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Sequence[Tensor], list[int]]:
+        """Return what the pipeline makes of an image, and which images before it could not be decoded."""
+        epoch, i = key
+        undecodable: list[int] = []
+        while True:
+            try:
+                image = self.decoded[i] if self.decoded else datasets.decode(self.paths[i])
+                break
+            except BadInput as error:
+                undecodable.append(i)
+                if len(undecodable) > self.bear:
+                    raise
+                print(f"{error}; replaced by the next image", file=sys.stderr)
+                i = (i + 1) % len(self.paths)
+        made = self.draw(image, np.random.default_rng([self.seed, epoch, i]))
+        return made if self.pipeline == "device" else (made,), undecodable
+
+
+def decode_all(paths: Sequence[Path], limit: int) -> list[Image.Image]:
+    """Return all images decoded, or none when they need more than `limit` bytes or one cannot be decoded."""
+    images: list[Image.Image] = []
+    size = 0
+    for path in paths:
+        try:
+            images.append(datasets.decode(path))
+        except BadInput:
+            return []  # it is named when its turn comes
+        size += 3 * images[-1].width * images[-1].height
+        if size > limit:
+            return []
+    return images
+
+
+def load(
+    config: Recipe,
+    run: Run,
+    paths: Sequence[Path],
+    steps_per_epoch: int,
+    first_step: int,
+    device: torch.device,
+) -> DataLoader:
+    """Return a loader of this process's images, one item per step to the end.
+
+    An item is a batch, as the recipe's pipeline makes it, and the images that could not be decoded.
+    """
+    return DataLoader(
+        Views(config, run, paths),
+        batch_sampler=keys(config, len(paths), steps_per_epoch, first_step),
+        num_workers=divide_cores(device),
+        pin_memory=device.type == "cuda",
+        collate_fn=_collate,
+        worker_init_fn=leave_signals_to_the_trainer,
+    )
+
+
+def _collate(items: list[tuple[Sequence[Tensor], list[int]]]) -> tuple[Batch, list[int]]:
+    made, undecodable = zip(*items, strict=True)
+    return default_collate(list(map(list, made))), [i for each in undecodable for i in each]
+
+
+def divide_cores(device: torch.device) -> int:
+    """Return how many processes make views; on the CPU, which also trains, half of the job's cores."""
+    if device.type == "cuda":
+        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        return min(max(cores - 1, 1), 16)
+    workers = max(CPU_THREADS // 2, 1)
+    torch.set_num_threads(max(CPU_THREADS - workers, 1))
+    return workers

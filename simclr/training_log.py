@@ -1,0 +1,153 @@
+"""What a pretraining shows: progress, TensorBoard's log, pretrain.csv, and one picture of it all."""
+
+from __future__ import annotations
+
+import csv
+import math
+import resource
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from simclr import distributed
+from simclr.results import replacing
+
+ROWS = 1000  # of pretrain.csv, at most (and one more)
+Row = dict[str, float | None]
+
+
+class Log:
+    """Rows over some steps each: on the terminal, in TensorBoard's log, and at the end in pretrain.csv.
+
+    `rows` are finished; `open_row` holds the steps since. Both go into the rolling checkpoint.
+    """
+
+    def __init__(self, folder: Path, rows: list[Row], open_row: list[Row], steps: int):
+        self.rows, self.open_row, self.steps = rows, open_row, steps
+        self.steps_per_row = math.ceil(steps / ROWS)
+        self.board = self.bar = None
+        if distributed.rank() == 0:
+            first = rows[-1]["step"] + 1 if rows else 0
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=int(first))
+            self.bar = tqdm(total=steps, initial=int(first), unit="step", disable=not sys.stderr.isatty())
+
+    def add(self, step: int, epoch: int, lr: float, counts: dict[str, int], **values: float | None) -> None:
+        """Take note of step `step`, from 0.
+
+        `values` are `images`, `seconds`, `wait` (seconds of them for data), `knn`, and what is logged as the
+        mean over the steps of a row; None was not measured. `counts` are of all steps so far.
+        """
+        self.open_row.append(values)
+        if (step + 1) % self.steps_per_row and step + 1 < self.steps:
+            return
+        columns = {key: [row[key] for row in self.open_row if row[key] is not None] for key in values}
+        images, seconds, wait = (sum(columns.pop(key)) for key in ("images", "seconds", "wait"))
+        knn = columns.pop("knn")
+        row = {
+            "step": step + 1,
+            "epoch": epoch + 1,
+            "lr": lr,
+            **{key: sum(known) / len(known) if known else None for key, known in columns.items()},
+            "knn": knn[-1] if knn else None,
+            "images_per_second": images / seconds,
+            "data_wait": wait / seconds,
+            "memory_gb": peak_memory_gb(),
+            **counts,
+        }
+        self.rows.append(row)
+        self.open_row.clear()
+        if distributed.rank() == 0:
+            self._show(row, seconds / self.steps_per_row)
+
+    def _show(self, row: Row, seconds_per_step: float) -> None:
+        for key in row.keys() - {"step", "epoch"}:
+            if row[key] is not None:
+                self.board.add_scalar(key, row[key], row["step"])
+        text = said(row)
+        if self.bar.disable:
+            left = timedelta(seconds=round((self.steps - row["step"]) * seconds_per_step))
+            print(f"step {row['step']} of {self.steps} {text}, {left} left", flush=True)
+        else:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(row["step"] - self.bar.n)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Write what is still in memory."""
+        if distributed.rank() == 0:
+            self.board.close()
+            self.bar.close()
+
+
+def said(row: Row) -> str:
+    """Return a row of the log in one line."""
+    text = f"epoch {row['epoch']} lr {row['lr']:.4g}"
+    if row["loss"] is not None:
+        text += f" loss {row['loss']:.4f}"
+    if row["knn"] is not None:
+        text += f" knn {row['knn']:.1f} %"
+    text += f" {row['images_per_second']:.0f} images/s, {row['data_wait']:.0%} of it waiting for data"
+    text += f", {row['memory_gb']:.1f} GB"
+    for key in ("skipped_steps", "skipped_images"):
+        if row[key]:
+            text += f", {row[key]} {key.replace('_', ' ')}"
+    return text
+
+
+def peak_memory_gb() -> float:
+    """Return the most memory that was in use: of this process's GPU, or of the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def write_csv(rows: list[Row], path: Path) -> None:
+    """Write the rows of the log as CSV, whole or not at all; what was not measured is empty."""
+    with replacing(path) as part, part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+# Panels of the picture from top to bottom: key of a row, label, relative height.
+PANELS = (
+    ("loss", "NT-Xent", 3),
+    ("lr", "learning rate", 1),
+    ("knn", "kNN top-1, %", 2),
+    ("images_per_second", "images/s", 1),
+)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Draw loss, learning rate, nearest neighbours and throughput over the steps as PNG, on one page.
+
+    Equal rows give equal bytes; a panel of which no row has a value is left out.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [panel for panel in PANELS if any(row[panel[0]] is not None for row in rows)]
+    heights = [height for *_, height in panels]
+    figure, axes = pyplot.subplots(
+        len(panels), sharex=True, figsize=(7, 1 + sum(heights)), height_ratios=heights, layout="constrained"
+    )
+    for axis, (key, label, _) in zip(axes, panels, strict=True):
+        known: list[tuple[Any, Any]] = [(row["step"], row[key]) for row in rows if row[key] is not None]
+        axis.plot(*zip(*known, strict=True), linewidth=1, marker="o" if key == "knn" else None, markersize=3)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        if key != "loss":
+            axis.set_ylim(bottom=0)
+    axes[-1].set_xlabel("step")
+    with replacing(path) as part:
+        figure.savefig(part, format="png", dpi=120)
+    pyplot.close(figure)
