@@ -23,6 +23,7 @@ from simclr.benchmarks import BENCHMARKS, load, run
 STEPS = {
     "demo": ("simclr.demo:make", "make the miniature datasets"),
     "datasets": ("simclr.datasets:verify", "verify a dataset's layout and write its manifest"),
+    "shards": ("simclr.shards:write", "write a split of ImageNet as tar shards"),
     "pretrain": ("simclr.pretrain:pretrain", "pretrain a backbone with SimCLR"),
     "import_checkpoint": ("simclr.checkpoint:import_checkpoint", "take in an existing checkpoint"),
     "random_init": ("simclr.checkpoint:random_init", "write a backbone of random weights"),

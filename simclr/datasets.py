@@ -3,19 +3,26 @@
 `verify` looks at every file of a dataset once and writes a manifest; every later step opens the manifest with
 `Dataset.open` and reads a split with `samples` (classification), `detection` or `segmentation`. A list or a
 folder that is no longer what was verified is refused.
+
+Beside the manifest lies an index of each classification split, `<manifest>.<split>.index`, from which a split
+of a million images opens without its folders being listed. It is a cache: nothing is declared or asked of it,
+and where it is missing, damaged or older than a folder, the folders are listed and it is written again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import struct
+import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +31,24 @@ from PIL import Image, UnidentifiedImageError
 
 from simclr import BadInput
 from simclr.config import Dataset as Block
+from simclr.paths import (
+    IMAGE_SUFFIXES,
+    Member,
+    Members,
+    Paths,
+    again,
+    encoded,
+    find_tars,
+    from_arrays,
+    key,
+    scan,
+    tar_name,
+)
 from simclr.results import DatasetStamp, replacing, sha256
 
 MANIFEST_VERSION = 1
 VOID = 255  # the label of mask pixels that count for nothing
-IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
+CLASSES = "meta/classes.txt"  # of tar shards: the wnids, one a line, in the order of their labels
 
 ORIENTATION = 0x0112  # the EXIF tag
 UPRIGHT = {
@@ -54,7 +74,8 @@ CITYSCAPES_CLASSES = (
 
 # What must lie under the root of each dataset; said in every message about something that does not.
 LAYOUTS = {
-    "imagenet": "train/<wnid>/*.JPEG, val/<wnid>/*.JPEG (or val/*.JPEG with meta/val.txt)",
+    "imagenet": "train/<wnid>/*.JPEG, val/<wnid>/*.JPEG (or val/*.JPEG with meta/val.txt), or the tar shards "
+    "of `python -m simclr shards`",
     "voc2007": "VOC2007/JPEGImages, VOC2007/ImageSets/Main/<class>_{trainval,test}.txt",
     "places205": "data/vision/torralba/deeplearning/images256, "
     "trainvalsplit_places205/{train,val}_places205.csv",
@@ -69,41 +90,11 @@ LAYOUTS = {
 # ---------------------------------------------------------------- what the readers return
 
 
-class Paths(Sequence[Path]):
-    """Image paths of a split, kept in one block of memory.
-
-    Worker processes share that block. A list of 1.28 million strings they would copy, page by page, as
-    they touch its reference counts.
-    """
-
-    def __init__(self, root: Path, names: Iterable[str] | np.ndarray):
-        self.root = Path(root)
-        self.names = (
-            names if isinstance(names, np.ndarray) else np.array([os.fsencode(name) for name in names], "S")
-        )
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: Any) -> Any:
-        """Return one `Path` for an integer, `Paths` for a slice or an array of indices."""
-        names = self.names[index]
-        return Paths(self.root, names) if isinstance(names, np.ndarray) else self.root / os.fsdecode(names)
-
-    def __eq__(self, other: object) -> bool:
-        if isinstance(other, Paths):
-            return self.root == other.root and np.array_equal(self.names, other.names)
-        return isinstance(other, Sequence) and list(self) == list(other)
-
-    __hash__ = None
-
-    def __repr__(self) -> str:
-        return f"Paths({str(self.root)!r}, {len(self)} names)"
-
-
 @dataclass(frozen=True)
 class Samples:
     """Images and labels of a split: labels `(N,)` int64, or for VOC `(N, C)` int8.
+
+    `decode` reads an item of `paths`, a `Path` or a `Member` of a tar file.
 
     VOC's are 1 present, 0 absent, −1 when every instance is marked difficult (MMSelfSup,
     create_voc_data_files.py).
@@ -131,24 +122,29 @@ class Images:
         return self.transform(decode(self.paths[index])), self.labels[index], index
 
 
-def decode(path: Path, size: tuple[int, int] | None = None) -> Image.Image:
+def decode(source: Path | Member, size: tuple[int, int] | None = None) -> Image.Image:
     """Return the image as RGB, turned upright as its EXIF orientation says.
 
     OpenCV, with which the published numbers were decoded, turns images too; PIL alone does not. `size` is the
     (width, height) that boxes or a mask refer to: an image that has it as stored is not turned.
     Raises `BadInput` for a file that is missing, truncated or no image.
     """
+    content = encoded(source)
     try:
-        with Image.open(path) as image:
+        with Image.open(BytesIO(content)) as image:
             rgb = image.convert("RGB")
             method = None if image.size == size else UPRIGHT.get(_orientation(image))
         return rgb if method is None else rgb.transpose(method)
-    except FileNotFoundError as error:
-        raise BadInput(f"{path}: no such image; restore it, then verify the dataset again") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise BadInput(
-            f"{path}: cannot be decoded ({error}); replace it by an intact copy and verify the dataset again"
+            f"{source}: cannot be decoded ({_fault(error)}); replace it by an intact copy and verify the "
+            "dataset again"
         ) from error
+
+
+def _fault(error: Exception) -> str:
+    """Return what PIL says is wrong with an image; its sentence for one of no known format names no file."""
+    return "no image format is known" if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -169,6 +165,7 @@ class Dataset:
     splits: dict[str, dict[str, Any]]
     lists: dict[str, str]
     dataset: DatasetStamp | None = None
+    manifest: Path | None = None
 
     @classmethod
     def open(cls, path: Path) -> Dataset:
@@ -191,7 +188,7 @@ class Dataset:
             )
         stamp = DatasetStamp(name=manifest["name"], manifest_sha256=sha256(path))
         entries = (manifest[key] for key in ("class_names", "splits", "lists"))
-        return cls(manifest["name"], root, *entries, stamp)
+        return cls(manifest["name"], root, *entries, stamp, path)
 
     @property
     def classes(self) -> int:
@@ -259,6 +256,8 @@ def subset(dataset: Dataset, name: str) -> Samples:
     for entry, label in zip(entries, labels, strict=True):
         if len(entry) > 1 and entry[1] != str(label):
             raise BadInput(_wrong_label(path, entry[0], entry[1], label))
+    if find_tars(dataset.root / "train"):
+        return Samples(samples(dataset, "train").paths.named(files), labels)
     return Samples(Paths(dataset.root / "train", files), labels)
 
 
@@ -268,7 +267,8 @@ def subset(dataset: Dataset, name: str) -> Samples:
 class Listing(NamedTuple):
     """What the lists of one split name; `labels`, `boxes`, `masks`: what the dataset has of these.
 
-    `sizes` `(N, 2)` are the (width, height) that the annotations state.
+    `sizes` `(N, 2)` are the (width, height) that the annotations state. `watched` are the folders and files,
+    beside the lists of `Layout.lists`, on which names and labels depend: while they stay, so do these.
     """
 
     paths: Paths
@@ -276,16 +276,20 @@ class Listing(NamedTuple):
     boxes: list[dict[str, Any]] | None = None
     masks: Paths | None = None
     sizes: np.ndarray | None = None
+    watched: Sequence[Path] = ()
 
 
 def _imagenet_classes(root: Path) -> list[str]:
-    _need(root / "train", "imagenet")
+    if find_tars(_need(root / "train", "imagenet")):
+        return _need(root / CLASSES, "imagenet").read_text().splitlines()
     return _folders(root / "train")
 
 
 def _imagenet(dataset: Dataset, split: str) -> Listing:
     folder = _need(dataset.root / split, dataset.name)
     listed = dataset.root / "meta" / f"{split}.txt"
+    if tars := find_tars(folder):
+        return _imagenet_shards(dataset, split, listed, tars)
     foldered = split == "train" or _has_folders(folder)
     if listed.is_file():
         names, labels = _read_list(listed)
@@ -299,7 +303,50 @@ def _imagenet(dataset: Dataset, split: str) -> Listing:
             f"{listed}: no such list, and {folder} is flat: without the list its images have no labels; "
             "restore meta/val.txt or sort the images into wnid folders"
         )
-    return Listing(Paths(folder, names), labels)
+    watched = [listed, folder, *(folder / wnid for wnid in _folders(folder))]
+    return Listing(Paths(folder, names), labels, watched=watched)
+
+
+def _imagenet_shards(dataset: Dataset, split: str, listed: Path, tars: list[Path]) -> Listing:
+    """Read a split from tar files: names and labels from its list, which both must agree with the files."""
+    for number, tar in enumerate(tars):
+        if tar.name != tar_name(split, number):
+            missing = tar.with_name(tar_name(split, number))
+            raise BadInput(f"{missing}: no such file, but {tar.name} is there; {again(missing)}")
+    names, labels = _read_list(_need(listed, dataset.name))
+    keys, found, where = scan(tars)
+    _check_keys(keys, [key(name) for name in names], [tars[number] for number in where[:, 0]], listed)
+    wrong = np.flatnonzero(found != labels)
+    if len(wrong):
+        row = wrong[0]
+        raise BadInput(
+            f"{tars[where[row, 0]]}: expected label {labels[row]} for {keys[row]}, as in {listed}, found "
+            f"{found[row]}; {again(tars[where[row, 0]])}"
+        )
+    paths = Paths(dataset.root / split, names)
+    paths = Members(paths.root, paths.names, [os.fsencode(tar.name) for tar in tars], where)
+    return Listing(paths, labels, watched=[listed, paths.root, *tars])
+
+
+def _check_keys(keys: list[str], expected: list[str], tars: list[Path], listed: Path) -> None:
+    """Raise `BadInput` unless the images in the tar files are those of the list, in its order.
+
+    `tars` holds for each of `keys` the file that it is in.
+    """
+    if keys == expected:
+        return
+    row = next((row for row, pair in enumerate(zip(keys, expected, strict=False)) if len({*pair}) == 2), None)
+    if row is None and len(keys) < len(expected):
+        raise BadInput(
+            f"{tars[-1].parent}: expected the {len(expected):,} images of {listed} in its tar files, found "
+            f"{len(keys):,}; make the others with the same `python -m simclr shards …`"
+        )
+    row = len(expected) if row is None else row
+    wanted = expected[row] if row < len(expected) else "nothing more"
+    twice = " a second time" if keys[row] in keys[:row] else ""
+    raise BadInput(
+        f"{tars[row]}: expected {wanted}, as in {listed}, found {keys[row]}{twice}; {again(tars[row])}"
+    )
 
 
 def _into_folders(names: list[str], labels: np.ndarray, wnids: list[str], folder: Path) -> list[str]:
@@ -321,6 +368,7 @@ def _check_imagenet(dataset: Dataset, split: str, listing: Listing) -> None:
     """Raise `BadInput` unless every label is the rank of the image's wnid in sorted order."""
     listed = dataset.root / "meta" / f"{split}.txt"
     names = [os.fsdecode(name) for name in listing.paths.names]
+    _check_range(dataset, split, listing)
     if "/" in names[0]:
         expected = _ranks(names, dataset.class_names, listed)
     else:
@@ -705,7 +753,7 @@ def verify(name: str, config: Block, output: Path) -> None:
     if name not in READERS:
         raise BadInput(f"--name: expected one of {', '.join(READERS)}, found {name!r}")
     config = config.completed(name)
-    dataset = _unverified(name, config)
+    dataset = replace(_unverified(name, config), manifest=output)
     splits = {
         split: _verify_split(dataset, split, expected, config.decode)
         for split, expected in config.images.items()
@@ -750,6 +798,7 @@ def _unverified(name: str, config: Block) -> Dataset:
 def _verify_split(dataset: Dataset, split: str, expected: int, decoded: int) -> dict[str, Any]:
     """Verify one split and return its entry in the manifest."""
     layout = READERS[dataset.name]
+    began = time.time_ns()
     listing = layout.read(dataset, split)
     if len(listing.paths) != expected:
         raise BadInput(
@@ -769,6 +818,7 @@ def _verify_split(dataset: Dataset, split: str, expected: int, decoded: int) -> 
         _check_sizes(listing.masks, _inspect_all(listing.masks, dataset.name), sizes, "its image")
         for index in chosen:
             _check_mask(listing.masks[index], dataset)
+    _write_index(dataset, split, listing, began)
     return {"images": expected, "decoded": len(chosen), "sha256": _digest(listing)}
 
 
@@ -781,13 +831,17 @@ def _digest(listing: Listing) -> str:
 
 
 def _verified(dataset: Dataset, split: str) -> Listing:
-    """Read a split again; raise `BadInput` unless lists, names and labels are those of the manifest."""
+    """Open or read a split; raise `BadInput` unless lists, names and labels are those of the manifest."""
     if split not in dataset.splits:
         raise BadInput(f"{dataset.name} has the splits {', '.join(dataset.splits)}; found {split!r}")
     _check_lists(dataset)
-    listing = READERS[dataset.name].read(dataset, split)
-    if _digest(listing) != dataset.splits[split]["sha256"]:
-        raise BadInput(_changed(dataset, dataset.root, f"the images or labels of {split}"))
+    listing = _read_index(dataset, split)
+    if listing is None:
+        began = time.time_ns()
+        listing = READERS[dataset.name].read(dataset, split)
+        if _digest(listing) != dataset.splits[split]["sha256"]:
+            raise BadInput(_changed(dataset, dataset.root, f"the images or labels of {split}"))
+        _write_index(dataset, split, listing, began)
     return listing
 
 
@@ -804,6 +858,87 @@ def _changed(dataset: Dataset, path: Path, what: str) -> str:
         f"{path}: expected {what} as when {dataset.name} was verified, found a change; restore it, or delete "
         "the manifest to verify the dataset again"
     )
+
+
+# ---------------------------------------------------------------- the index of a split
+
+INDEX_FORMAT = b"simclr index 1\n"  # hashed with the arrays: another format is as good as no index
+ABSENT, UNSETTLED = -1, -2  # in place of a time of change
+SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system ticks in 1 or 2 s
+
+
+def _index(dataset: Dataset, split: str) -> Path:
+    return dataset.manifest.with_suffix(f".{split}.index")
+
+
+def _write_index(dataset: Dataset, split: str, listing: Listing, began: int) -> None:
+    """Write names and labels of a split, and the state of what they depend on, beside the manifest.
+
+    `began` is the time in ns at which the reading of the split began: what changed later, or so shortly
+    before that the next change may bear the same time, will be listed again. A folder that cannot be written
+    to gets no index.
+    """
+    if listing.labels is None or dataset.manifest is None or int(os.environ.get("RANK", 0)) > 0:
+        return
+    state = _state(listing.watched)
+    state[state[:, 0] > began - SETTLED_NS, 0] = UNSETTLED
+    content = BytesIO()
+    np.savez(
+        content,
+        **listing.paths.arrays(),
+        labels=listing.labels,
+        folder=os.fsencode(os.path.relpath(listing.paths.root, dataset.root)),
+        watched=np.array([os.fsencode(os.path.relpath(each, dataset.root)) for each in listing.watched], "S"),
+        state=state,
+    )
+    with contextlib.suppress(OSError), replacing(_index(dataset, split)) as part, part.open("wb") as file:
+        file.write(_seal(content.getbuffer()))
+        file.write(content.getbuffer())
+
+
+def _read_index(dataset: Dataset, split: str) -> Listing | None:
+    """Return what the index of a split holds; None unless it is whole, of this manifest, and still true."""
+    if dataset.manifest is None:
+        return None
+    try:
+        content = memoryview(_index(dataset, split).read_bytes())
+    except OSError:
+        return None
+    if content[:32] != _seal(content[32:]):
+        return None
+    with np.load(BytesIO(content[32:])) as arrays:
+        index = dict(arrays)
+    labels, watched, state = (index.pop(name) for name in ("labels", "watched", "state"))
+    listing = Listing(
+        from_arrays(dataset.root / os.fsdecode(index.pop("folder").item()), **index),
+        labels,
+        watched=[dataset.root / os.fsdecode(each) for each in watched],
+    )
+    same = _digest(listing) == dataset.splits[split]["sha256"]
+    return listing if same and np.array_equal(_state(listing.watched), state) else None
+
+
+def _seal(content: memoryview) -> bytes:
+    """Return the SHA-256 with which an index begins."""
+    seal = hashlib.sha256(INDEX_FORMAT)
+    seal.update(content)
+    return seal.digest()
+
+
+def _state(paths: Sequence[Path]) -> np.ndarray:
+    """Return time of change in ns and size in bytes of every file or folder, `(N, 2)` int64.
+
+    The time of change (ctime), unlike that of modification, cannot be set back, as unpacking an archive does.
+    """
+    state = np.full((len(paths), 2), ABSENT, np.int64)
+    for row, path in enumerate(paths):
+        with contextlib.suppress(FileNotFoundError):
+            found = path.stat()
+            state[row] = found.st_ctime_ns, found.st_size
+    return state
+
+
+# ---------------------------------------------------------------- every image
 
 
 def _inspect_all(paths: Paths, name: str, threads: int = 32, chunk: int = 1000) -> np.ndarray:
@@ -830,7 +965,7 @@ def _inspect_chunk(paths: Paths) -> tuple[np.ndarray, list[str]]:
         except FileNotFoundError:
             faults.append(f"{path}: no such file, though the lists name it{_how_to_make(path)}")
         except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-            faults.append(f"{path}: cannot be read as an image ({error})")
+            faults.append(f"{path}: cannot be read as an image ({_fault(error)})")
     return np.array(sizes, np.int32).reshape(-1, 2), faults
 
 
