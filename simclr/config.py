@@ -70,7 +70,9 @@ Cityscapes = _dataset(19, train=2_975, val=500)
 class Datasets(Closed):
     """One entry per dataset; leave out what this cluster does not have."""
 
-    imagenet: ImageNet | None = Field(None, description="ILSVRC2012: train/<wnid>/*.JPEG, val/, meta/*.txt.")
+    imagenet: ImageNet | None = Field(
+        None, description="ILSVRC2012: train/<wnid>/*.JPEG, val/, meta/*.txt; or its tar shards."
+    )
     voc2007: VOC2007 | None = Field(None, description="VOCdevkit with VOC2007, for the SVMs.")
     places205: Places205 | None = Field(None, description="data/vision/… and trainvalsplit_places205/.")
     inat18: INat18 | None = Field(None, description="train_val2018/ and {train,val}2018.json.")

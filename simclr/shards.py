@@ -155,7 +155,7 @@ def _check_folder(folder: Path, wanted: set[str]) -> None:
     if foreign:
         raise BadInput(
             f"{folder / foreign[0]}: expected nothing in this folder but the {len(wanted):,} tar files of "
-            f"{folder.name}; give an empty folder as --output"
+            f"{folder.name}; give an empty folder as --output, or the --shard-bytes that these were made with"
         )
 
 
@@ -181,7 +181,7 @@ def _prepare(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise BadInput(
-            f"{folder.resolve()}: the images need {needed / 1e9:.1f} GB, found {free / 1e9:.1f} GB free; "
+            f"{folder.resolve()}: the images need {needed:,} bytes, found {free:,} bytes free; "
             "make room or give another folder as --output"
         )
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
 from simclr import BadInput, config, datasets
-from simclr.__main__ import main
+from simclr.__main__ import main, sentence
 
 # ---------------------------------------------------------------- a tiny ImageNet
 
@@ -537,6 +537,183 @@ def test_the_step_on_the_command_line(imagenet, tmp_path, capsys):
     assert "expected 4 classes" in capsys.readouterr().err
 
 
+# ---------------------------------------------------------------- the index
+
+
+@pytest.fixture
+def settled(monkeypatch) -> None:
+    """Let a folder count as settled at once; otherwise every test had to wait two seconds."""
+    monkeypatch.setattr(datasets, "SETTLED_NS", 0)
+
+
+@pytest.fixture
+def read(monkeypatch) -> list[str]:
+    """The splits that were read from lists and folders, not opened from an index."""
+    splits = []
+
+    def counted(layout: datasets.Layout) -> datasets.Layout:
+        def read(dataset, split):
+            splits.append(split)
+            return layout.read(dataset, split)
+
+        return layout._replace(read=read)
+
+    monkeypatch.setattr(datasets, "READERS", {k: counted(v) for k, v in datasets.READERS.items()})
+    return splits
+
+
+def same(a: datasets.Samples, b: datasets.Samples) -> bool:
+    types = a.labels.dtype == b.labels.dtype and a.paths.names.dtype == b.paths.names.dtype
+    return types and a.paths == b.paths and np.array_equal(a.labels, b.labels)
+
+
+@pytest.fixture
+def unlisted(imagenet, tmp_path, settled) -> datasets.Dataset:
+    """The tiny ImageNet without lists, verified: what its folders hold is all that there is to go by."""
+    shutil.rmtree(imagenet / "meta")
+    return verify("imagenet", block(imagenet), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "voc2007", "places205", "inat18"])
+def test_the_index_gives_what_lists_and_folders_give(name, dataset, settled, read):
+    opened = dataset(name)
+    for split in opened.splits:
+        read.clear()
+        indexed = datasets.samples(opened, split)
+        assert read == []
+        (opened.manifest.parent / f"{name}.{split}.index").unlink()
+        assert same(datasets.samples(opened, split), indexed)
+        assert read == [split]
+
+
+def test_boxes_and_masks_have_no_index(dataset):
+    for name in ("voc0712", "coco2017", "voc12aug", "cityscapes"):
+        opened = dataset(name)
+        assert [path.name for path in opened.manifest.parent.glob(f"{name}.*")] == [f"{name}.json"]
+
+
+def test_a_manifest_without_index_gets_one_when_it_is_first_used(unlisted, read):
+    index = unlisted.manifest.with_name("manifest.train.index")
+    index.unlink()
+    first = datasets.samples(unlisted, "train")
+    assert same(datasets.samples(unlisted, "train"), first)
+    assert read == ["train"]
+
+
+def test_an_index_that_cannot_be_written_is_done_without(unlisted, read, monkeypatch):
+    index = unlisted.manifest.with_name("manifest.train.index")
+    expected = datasets.samples(unlisted, "train")
+    index.unlink()
+    monkeypatch.setenv("RANK", "1")  # of several processes, only the first writes it
+    assert same(datasets.samples(unlisted, "train"), expected)
+    assert not index.exists()
+    monkeypatch.delenv("RANK")
+    index.mkdir()
+    for _ in range(2):
+        assert same(datasets.samples(unlisted, "train"), expected)
+    assert read == ["train"] * 3
+    assert [path.name for path in index.parent.glob(".*")] == []
+
+
+def test_a_damaged_index_is_not_believed(unlisted, read):
+    index = unlisted.manifest.with_name("manifest.train.index")
+    expected = datasets.samples(unlisted, "train")
+    content = index.read_bytes()
+    damaged = [content[:cut] for cut in (0, 1, 31, 32, 33, len(content) // 2, len(content) - 1)]
+    damaged.append(content + b"x")
+    for position in range(0, len(content), 37):
+        one = bytearray(content)
+        one[position] ^= 1
+        damaged.append(bytes(one))
+    for each in damaged:
+        index.write_bytes(each)
+        assert same(datasets.samples(unlisted, "train"), expected)
+    assert read == ["train"] * len(damaged)
+
+
+def test_the_index_of_another_dataset_is_not_believed(unlisted, imagenet, tmp_path, read):
+    other = shutil.copytree(imagenet, tmp_path / "other")
+    (other / "train/n01443537/n01443537_11.JPEG").rename(other / "train/n01443537/n01443537_12.JPEG")
+    (tmp_path / "b").mkdir()
+    found = verify("imagenet", block(other), tmp_path / "b")
+    shutil.copy(unlisted.manifest.with_name("manifest.train.index"), tmp_path / "b")
+    read.clear()
+    assert "n01443537_12.JPEG" in {path.name for path in datasets.samples(found, "train").paths}
+    assert read == ["train"]
+
+
+def add(train: Path) -> None:
+    write_image(train / "n01443537/n01443537_12.JPEG")
+
+
+def remove(train: Path) -> None:
+    (train / "n01443537/n01443537_11.JPEG").unlink()
+
+
+def rename(train: Path) -> None:
+    (train / "n01443537/n01443537_11.JPEG").rename(train / "n01443537/n01443537_12.JPEG")
+
+
+def rename_a_class(train: Path) -> None:
+    (train / "n01443537").rename(train / "n01443538")
+
+
+def replace_a_class(train: Path) -> None:
+    (train / "n01443537").rename(train.parent / "aside")
+    shutil.copytree(train.parent / "aside", train / "n01443537")
+    remove(train)
+
+
+def add_a_list(train: Path) -> None:
+    (train.parent / "meta").mkdir()
+    names = sorted((f"{path.parent.name}/{path.name}" for path in train.glob("*/*")), reverse=True)
+    lines = [f"{name} {WNIDS.index(name.split('/')[0])}\n" for name in names]
+    (train.parent / "meta/train.txt").write_text("".join(lines))
+
+
+@pytest.mark.parametrize("change", [add, remove, rename, rename_a_class, replace_a_class, add_a_list])
+@pytest.mark.parametrize("times", ["kept", "new"])
+def test_a_change_is_refused_in_spite_of_the_index(change, times, unlisted, imagenet):
+    """Even where the times of modification are set back, as unpacking an archive over the folders does."""
+    folders = [imagenet / "train", *(imagenet / "train").iterdir()]
+    before = {folder: folder.stat().st_mtime_ns for folder in folders}
+    change(imagenet / "train")
+    for folder, mtime in before.items():
+        if times == "kept" and folder.exists():
+            os.utime(folder, ns=(mtime, mtime))
+    for _ in range(2):
+        with pytest.raises(BadInput, match=r"the images or labels of train|n01443538' is not one of"):
+            datasets.samples(unlisted, "train")
+    datasets.samples(unlisted, "val")
+
+
+def test_a_folder_that_was_only_touched_is_listed_once_more(unlisted, imagenet, read):
+    expected = datasets.samples(unlisted, "train")
+    assert read == []
+    write_image(imagenet / "train/n01443537/n01443537_12.JPEG")
+    (imagenet / "train/n01443537/n01443537_12.JPEG").unlink()
+    for _ in range(3):
+        assert same(datasets.samples(unlisted, "train"), expected)
+    assert read == ["train"]
+
+
+def test_a_folder_that_changed_just_before_it_was_read_is_read_again(imagenet, tmp_path, monkeypatch, read):
+    """A change in the same tick of the file system's clock would leave no trace."""
+    opened = verify("imagenet", block(imagenet), tmp_path)
+    datasets.samples(opened, "train")
+    assert read == ["train", "val", "train"]
+    monkeypatch.setattr(datasets, "SETTLED_NS", 0)
+    datasets.samples(opened, "train")
+    datasets.samples(opened, "train")
+    assert read == ["train", "val", "train", "train"]
+
+
+def test_the_manifest_does_not_know_when_the_folders_changed(unlisted, imagenet, tmp_path):
+    before = unlisted.manifest.read_bytes()
+    os.utime(imagenet / "train/n01443537", (1, 1))
+    assert verify("imagenet", block(imagenet), tmp_path).manifest.read_bytes() == before
+
+
 # ---------------------------------------------------------------- images
 
 
@@ -598,6 +775,35 @@ def test_decode_names_the_file_that_it_cannot_read(tmp_path):
     (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:-2000])
     with pytest.raises(BadInput, match=r"a.jpg: cannot be decoded \(.*truncated"):
         datasets.decode(tmp_path / "a.jpg")
+
+
+def test_decode_tells_a_missing_image_from_a_missing_dataset(imagenet, tmp_path):
+    path = imagenet / "train/n01443537/n01443537_11.JPEG"
+    path.unlink()
+    with pytest.raises(BadInput, match=rf"{path}: no such image; restore it"):
+        datasets.decode(path)
+    (imagenet / "train").rename(tmp_path / "aside")
+    with pytest.raises(BadInput, match=rf"^{imagenet}/train: this folder .* is gone, and {path} with it"):
+        datasets.decode(path)
+    imagenet.rename(tmp_path / "unmounted")
+    with pytest.raises(BadInput, match=rf"^{imagenet}: this folder .* see that its file system is mounted"):
+        datasets.decode(path)
+    with pytest.raises(BadInput, match=r"cannot be read \(Is a directory\); see that its file system"):
+        datasets.decode(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_dataset_that_vanishes_while_it_is_read_is_named(imagenet, tmp_path, workers):
+    listed = datasets.samples(verify("imagenet", block(imagenet), tmp_path), "train")
+    images = datasets.Images(listed.paths, listed.labels, lambda image: np.array(image.resize((4, 4))))
+    batches = iter(
+        DataLoader(images, batch_size=1, num_workers=workers, prefetch_factor=2 if workers else None)
+    )
+    next(batches)
+    imagenet.rename(tmp_path / "unmounted")
+    with pytest.raises(BadInput) as error:
+        list(batches)
+    assert sentence(error.value).startswith(f"{imagenet}: this folder of the dataset is gone")
 
 
 def test_images_through_a_loader_give_image_label_and_index(dataset):

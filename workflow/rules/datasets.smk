@@ -31,7 +31,10 @@ rule datasets:
 
 
 rule dataset:
-    """Verify one dataset against what the config expects of it; the manifest goes into every record."""
+    """Verify one dataset against what the config expects of it; the manifest goes into every record.
+
+    The index of each split, which is written beside it, is no output: where it is missing, folders are listed.
+    """
     input:
         demo=rules.demo.output if CONFIG.demo_data else [],
     output:
