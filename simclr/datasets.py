@@ -901,12 +901,13 @@ def _read_index(dataset: Dataset, split: str) -> Listing | None:
     if dataset.manifest is None:
         return None
     try:
-        content = memoryview(_index(dataset, split).read_bytes())
+        content = _index(dataset, split).read_bytes()
     except OSError:
         return None
-    if content[:32] != _seal(content[32:]):
+    file = BytesIO(content)
+    if file.read(32) != _seal(memoryview(content)[32:]):
         return None
-    with np.load(BytesIO(content[32:])) as arrays:
+    with np.load(file) as arrays:
         index = dict(arrays)
     labels, watched, state = (index.pop(name) for name in ("labels", "watched", "state"))
     listing = Listing(
@@ -932,7 +933,7 @@ def _state(paths: Sequence[Path]) -> np.ndarray:
     """
     state = np.full((len(paths), 2), ABSENT, np.int64)
     for row, path in enumerate(paths):
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             found = path.stat()
             state[row] = found.st_ctime_ns, found.st_size
     return state

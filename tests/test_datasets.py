@@ -631,6 +631,14 @@ def test_a_damaged_index_is_not_believed(unlisted, read):
     assert read == ["train"] * len(damaged)
 
 
+def test_the_index_of_another_split_is_not_believed(unlisted, read):
+    expected = datasets.samples(unlisted, "val")
+    index = unlisted.manifest.with_name("manifest.train.index")
+    shutil.copy(index, index.with_name("manifest.val.index"))
+    assert same(datasets.samples(unlisted, "val"), expected)
+    assert read == ["val"]
+
+
 def test_the_index_of_another_dataset_is_not_believed(unlisted, imagenet, tmp_path, read):
     other = shutil.copytree(imagenet, tmp_path / "other")
     (other / "train/n01443537/n01443537_11.JPEG").rename(other / "train/n01443537/n01443537_12.JPEG")
@@ -658,6 +666,10 @@ def rename_a_class(train: Path) -> None:
     (train / "n01443537").rename(train / "n01443538")
 
 
+def add_a_class(train: Path) -> None:
+    write_image(train / "n01443538/n01443538_11.JPEG")
+
+
 def replace_a_class(train: Path) -> None:
     (train / "n01443537").rename(train.parent / "aside")
     shutil.copytree(train.parent / "aside", train / "n01443537")
@@ -671,7 +683,10 @@ def add_a_list(train: Path) -> None:
     (train.parent / "meta/train.txt").write_text("".join(lines))
 
 
-@pytest.mark.parametrize("change", [add, remove, rename, rename_a_class, replace_a_class, add_a_list])
+CHANGES = (add, remove, rename, rename_a_class, add_a_class, replace_a_class, add_a_list)
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("times", ["kept", "new"])
 def test_a_change_is_refused_in_spite_of_the_index(change, times, unlisted, imagenet):
     """Even where the times of modification are set back, as unpacking an archive over the folders does."""
