@@ -11,6 +11,7 @@ import argparse
 import importlib
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +42,7 @@ BLOCKS = ("config", "run")
 OPENERS = {
     "Path": "pathlib:Path",
     "str": "builtins:str",
-    "int": "builtins:int",
+    "int": "simclr.__main__:whole_number",
     "list[Path]": "pathlib:Path",
     "Backbone": "simclr.checkpoint:Backbone.open",
     "Dataset": "simclr.datasets:Dataset.open",
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def sentence(error: Exception) -> str:
     """Return what `error` says, without the traceback that DataLoader puts before it in a worker process."""
-    return str(error).splitlines()[-1].removeprefix("simclr.BadInput: ")
+    return re.sub(r"^simclr[\w.]*: ", "", str(error).splitlines()[-1])
 
 
 def find(target: str) -> Callable[..., Any]:
@@ -126,6 +127,14 @@ def _open(function: Callable[..., Any], name: str, value: Any) -> Any:
         return value
     opener = find(OPENERS[annotation])
     return [opener(item) for item in value] if isinstance(value, list) else opener(value)
+
+
+def whole_number(text: str) -> int:
+    """Return `text` as an integer; raises `BadInput` when it is none."""
+    try:
+        return int(text)
+    except ValueError as error:
+        raise BadInput(f"expected a whole number, found {text!r}") from error
 
 
 def _annotation(function: Callable[..., Any], name: str) -> str | None:

@@ -21,6 +21,11 @@ from simclr import BadInput
 IMAGE_SUFFIXES = (".jpeg", ".jpg", ".png")
 LABEL_SUFFIX = ".cls"
 
+
+class Unreachable(BadInput):
+    """An image that no copy of it would bring back: its folder, or its file system, is gone."""
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -68,8 +73,8 @@ def from_arrays(root: Path, names: np.ndarray, **where: np.ndarray) -> Paths:
 def encoded(source: Path | Member) -> bytes:
     """Return the bytes of an image as they are stored.
 
-    Raises `BadInput` for one that cannot be read; the sentence tells a missing image from a missing folder,
-    which is what a file system leaves that is no longer mounted.
+    Raises `BadInput` for one that is missing, `Unreachable` where its folder is, which is what a file system
+    leaves that is no longer mounted.
     """
     try:
         return source.read_bytes()
@@ -77,12 +82,12 @@ def encoded(source: Path | Member) -> bytes:
         gone = [folder for folder in Path(error.filename).parents if not os.path.exists(folder)]
         if not gone:
             raise BadInput(f"{source}: no such image; restore it, then verify the dataset again") from error
-        raise BadInput(
+        raise Unreachable(
             f"{gone[-1].absolute()}: this folder of the dataset is gone, and {source} with it; see that its "
             "file system is mounted, then give the same command again"
         ) from error
     except OSError as error:
-        raise BadInput(
+        raise Unreachable(
             f"{source}: cannot be read ({error.strerror or error}); see that its file system is mounted and "
             "the file readable, then give the same command again"
         ) from error

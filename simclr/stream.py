@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from simclr import BadInput, datasets, distributed
 from simclr.config import Recipe, Run
+from simclr.paths import Unreachable
 from simclr.rolling import leave_signals_to_the_trainer
 from simclr.transforms import two_crops, two_views
 
@@ -65,6 +66,8 @@ class Views:
             try:
                 image = self.decoded[i] if self.decoded else datasets.decode(self.paths[i])
                 break
+            except Unreachable:
+                raise
             except BadInput as error:
                 undecodable.append(i)
                 if len(undecodable) > self.bear:
