@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
@@ -17,7 +18,7 @@ from simclr import BadInput, datasets, distributed
 from simclr.config import Recipe, Run
 from simclr.paths import Unreachable
 from simclr.rolling import leave_signals_to_the_trainer
-from simclr.transforms import two_crops, two_views
+from simclr.transforms import read_pixels, two_crops, two_views
 
 CPU_THREADS = torch.get_num_threads()  # of this job, before they are divided
 DECODED_BYTES = 256 * 2**20  # a dataset that is smaller in memory is decoded once
@@ -54,9 +55,11 @@ class Views:
 
     def __init__(self, config: Recipe, run: Run, paths: Sequence[Path]):
         self.seed, self.paths, self.bear = config.seed, paths, run.skip_images
-        self.pipeline, pipelines = config.pipeline, {"device": two_crops, "reference": two_views}
-        self.draw = pipelines[config.pipeline](config.augmentation)
-        self.decoded = decode_all(paths, DECODED_BYTES)
+        if config.pipeline == "device":
+            self.read, self.draw = read_pixels, two_crops(config.augmentation)
+        else:
+            self.read, self.draw = datasets.decode, partial(_one, two_views(config.augmentation))
+        self.decoded = decode_all(paths, self.read, DECODED_BYTES)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Sequence[Tensor], list[int]]:
         """Return what the pipeline makes of an image, and which images before it could not be decoded."""
@@ -64,8 +67,8 @@ class Views:
         undecodable: list[int] = []
         while True:
             try:
-                image = self.decoded[i] if self.decoded else datasets.decode(self.paths[i])
-                break
+                image = self.decoded[i] if self.decoded else self.read(self.paths[i])
+                return self.draw(image, np.random.default_rng([self.seed, epoch, i])), undecodable
             except Unreachable:
                 raise
             except BadInput as error:
@@ -74,20 +77,22 @@ class Views:
                     raise
                 print(f"{error}; replaced by the next image", file=sys.stderr)
                 i = (i + 1) % len(self.paths)
-        made = self.draw(image, np.random.default_rng([self.seed, epoch, i]))
-        return made if self.pipeline == "device" else (made,), undecodable
 
 
-def decode_all(paths: Sequence[Path], limit: int) -> list[Image.Image]:
+def _one(draw: Callable[..., Tensor], *arguments: Any) -> tuple[Tensor]:
+    return (draw(*arguments),)
+
+
+def decode_all(paths: Sequence[Path], read: Callable[[Path], Any], limit: int) -> list[Any]:
     """Return all images decoded, or none when they need more than `limit` bytes or one cannot be decoded."""
-    images: list[Image.Image] = []
+    images: list[Any] = []
     size = 0
     for path in paths:
         try:
-            images.append(datasets.decode(path))
+            images.append(read(path))
         except BadInput:
             return []  # it is named when its turn comes
-        size += 3 * images[-1].width * images[-1].height
+        size += np.asarray(images[-1]).nbytes
         if size > limit:
             return []
     return images

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from simclr.config import Augmentation
 from simclr.datasets import ORIENTATION, decode
+from simclr.paths import Member, encoded
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -283,16 +284,16 @@ def resized_crop(pixels: np.ndarray, box: tuple[int, int, int, int], size: int) 
     return F.interpolate(crop.permute(2, 0, 1)[None], (size, size), mode="bilinear", antialias=True)
 
 
-def read_pixels(path: Path) -> np.ndarray:
-    """Return the image at `path` as `(H, W, 3)` uint8: what `datasets.decode` returns, sooner.
+def read_pixels(source: Path | Member) -> np.ndarray:
+    """Return an image as `(H, W, 3)` uint8: what `datasets.decode` returns, sooner.
 
     OpenCV decodes a usual JPEG in three quarters of PIL's time, to the same bits. PIL decodes what is not
     usual: other formats and colour spaces, a picture to be turned, a file that ends too early. Raises
     `BadInput` as `decode` does, but for some damage in the middle of a JPEG, where OpenCV goes on and PIL
     gives up.
     """
-    pixels = _usual_jpeg(path.read_bytes()) if path.is_file() else None
-    return np.asarray(decode(path)) if pixels is None else pixels
+    pixels = _usual_jpeg(encoded(source))
+    return np.asarray(decode(source)) if pixels is None else pixels
 
 
 def _usual_jpeg(data: bytes) -> np.ndarray | None:

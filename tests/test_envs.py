@@ -14,10 +14,11 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 ENVS = ("simclr", "detectron2", "mmseg")
-FORK = {"onedl-mmsegmentation", "onedl-mmcv", "onedl-mmengine", "opencv-python-headless"}
+FORK = {"onedl-mmsegmentation", "onedl-mmcv", "onedl-mmengine"}
 # Module → the package that brings it, where the names differ.
 PACKAGE = {
     "PIL": "pillow",
+    "cv2": "opencv-python-headless",
     "yaml": "pyyaml",
     "sklearn": "scikit-learn",
     "scipy": "scikit-learn",
@@ -43,7 +44,12 @@ STARTS = {
 }
 # Imported inside functions that the other environments never call.
 OWN = {"detectron2": {"detectron2"}, "mmseg": {"onedl-mmsegmentation", "onedl-mmengine"}, "simclr": set()}
-SAME = {"pytorch": "torch", "matplotlib-base": "matplotlib", "tensorboard": "tensorboard"}
+SAME = {
+    "pytorch": "torch",
+    "matplotlib-base": "matplotlib",
+    "py-opencv": "opencv-python-headless",
+    "opencv-python": "opencv-python-headless",
+}
 
 
 def required() -> dict[str, Requirement]:

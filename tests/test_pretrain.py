@@ -20,7 +20,18 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import nn
 
-from simclr import BadInput, config, datasets, distributed, pretrain, results, rolling, stream, training_log
+from simclr import (
+    BadInput,
+    config,
+    datasets,
+    distributed,
+    pretrain,
+    results,
+    rolling,
+    stream,
+    training_log,
+    transforms,
+)
 from simclr.checkpoint import Backbone
 from simclr.config import Augmentation, Recipe, Run
 from simclr.datasets import Dataset
@@ -523,8 +534,9 @@ def test_a_dataset_that_vanishes_ends_the_run_with_its_name(spoilt, tmp_path, mo
 def test_only_a_dataset_that_fits_is_decoded_beforehand(manifest):
     paths = datasets.samples(Dataset.open(manifest), "train").paths
     needed = IMAGES * 40 * 48 * 3
-    assert len(stream.decode_all(paths, needed)) == IMAGES
-    assert stream.decode_all(paths, needed - 1) == []
+    for read in (datasets.decode, transforms.read_pixels):
+        assert len(stream.decode_all(paths, read, needed)) == IMAGES
+        assert stream.decode_all(paths, read, needed - 1) == []
 
 
 # ---------------------------------------------------------------- several processes
