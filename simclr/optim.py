@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.sgd import sgd
+
+Group = dict[str, Any]  # an optimiser's parameters with their settings
+Tensors = list[Tensor]
 
 
 class LARS(torch.optim.Optimizer):
@@ -43,7 +47,7 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Take one step; return the closure's loss, if one is given."""
+        """Take one step; return the closure's loss, if one is given. Gradients stay as they are."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -51,30 +55,67 @@ class LARS(torch.optim.Optimizer):
         for group in self.param_groups:
             parameters = [p for p in group["params"] if p.grad is not None]
             if parameters:
-                self._step_group(group, parameters)
+                gradients = [_laid_out_as(p, p.grad) for p in parameters]
+                _step(group, parameters, gradients, [self._buffer(p) for p in parameters])
         return loss
 
-    def _step_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        gradients = [p.grad for p in parameters]
-        change = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
-        if group["lars_exclude"]:
-            torch._foreach_mul_(change, group["lr"])
-        else:
-            torch._foreach_mul_(change, _local_lrs(group, parameters, gradients))
-        for p in parameters:
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-        buffers = [self.state[p]["momentum_buffer"] for p in parameters]
-        torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, change)
-        torch._foreach_sub_(parameters, buffers)
+    def _buffer(self, p: Tensor) -> Tensor:
+        buffer = self.state[p].get("momentum_buffer")
+        buffer = torch.zeros_like(p) if buffer is None else _laid_out_as(p, buffer)
+        self.state[p]["momentum_buffer"] = buffer
+        return buffer
 
 
-def _local_lrs(group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
-    """Return lr·local_lr of each tensor, as scalars on its device, so that nothing waits for the device."""
+def _step(group: Group, parameters: Tensors, gradients: Tensors, buffers: Tensors) -> None:
+    if group["lars_exclude"]:
+        _sgd(group, parameters, gradients, buffers, group["lr"])
+    elif parameters[0].is_cpu:
+        _step_each(group, parameters, gradients, buffers)
+    else:
+        _step_together(group, parameters, gradients, buffers)
+
+
+def _sgd(group: Group, parameters: Tensors, gradients: Tensors, buffers: Tensors, rate: float) -> None:
+    """Take a step with lr·local_lr = `rate`, in one pass over memory.
+
+    A rate that is inside the buffer is, in PyTorch's words, a learning rate of 1 and a dampening of 1 − rate.
+    """
+    lr, dampening = (1.0, 1.0 - rate) if group["momentum"] else (rate, 0.0)
+    settings = {name: group[name] for name in ("momentum", "weight_decay")}
+    settings |= {"lr": lr, "dampening": dampening, "nesterov": False, "maximize": False}
+    sgd(parameters, gradients, buffers, fused=True, **settings)
+
+
+def _step_each(group: Group, parameters: Tensors, gradients: Tensors, buffers: Tensors) -> None:
+    """Adapt and step tensor by tensor: on the CPU, where most are still in the cache after their norms."""
+    for p, g, buffer in zip(parameters, gradients, buffers, strict=True):
+        rate = group["lr"] * _local_lr(group, p.norm(), g.norm()).item()
+        _sgd(group, [p], [g], [buffer], rate)
+
+
+def _step_together(group: Group, parameters: Tensors, gradients: Tensors, buffers: Tensors) -> None:
+    """Adapt and step all tensors at once: on a GPU, where the rates stay, so that nothing waits for it."""
     p, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (parameters, gradients))
+    rates = group["lr"] * _local_lr(group, p, g)
+    change = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
+    torch._foreach_mul_(buffers, group["momentum"])
+    torch._foreach_addcmul_(buffers, change, rates.unbind())
+    torch._foreach_sub_(parameters, buffers)
+
+
+def _local_lr(group: Group, p: Tensor, g: Tensor) -> Tensor:
+    """Return local_lr of tensors with the norms `p` and of gradients with the norms `g`."""
     local = group["trust_coefficient"] * p / (g + group["weight_decay"] * p + group["eps"])
-    return list((group["lr"] * local.where((p > 0) & (g > 0), 1.0)).unbind())
+    return local.where((p > 0) & (g > 0), 1.0)
+
+
+def _laid_out_as(p: Tensor, x: Tensor) -> Tensor:
+    """Return `x`, or a copy that lies in memory as `p` does: fused steps pair elements by address.
+
+    They differ e.g. where a state was saved with other strides (`channels_last`) than it is loaded with.
+    """
+    same = all(a == b for a, b, n in zip(p.stride(), x.stride(), p.shape, strict=True) if n > 1)
+    return x if same else torch.empty_like(p).copy_(x)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, lars_exclude: str) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ def views():
     return 3 * torch.randn(2, 7, 5, generator=generator, dtype=torch.float64)
 
 
-@pytest.fixture(params=[2048, 3, 1], ids="tile_{}".format)
+@pytest.fixture(params=[2**22, 40, 1], ids="tile_{}".format)
 def tile(request, monkeypatch):
     monkeypatch.setattr(loss_module, "TILE", request.param)
 
