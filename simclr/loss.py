@@ -12,9 +12,9 @@ from torch import Tensor
 from simclr import distributed
 
 # Similarities that exist at one time: 16 MiB of float32. Between the product and the exponential they stay in
-# a CPU's last cache or a GPU's L2; and each pass over them keeps a GPU busy for as long as asking for it takes.
+# a CPU's last cache or a GPU's L2, and a GPU is busy with them for as long as asking for a pass takes.
 TILE = 2**22
-STRIPS = 4  # at least, so that a small batch, too, gains from symmetry and never has its whole matrix
+STRIPS = 8  # at least, so that a small batch, too, gains from symmetry and never has its whole matrix
 
 
 def nt_xent(z0: Tensor, z1: Tensor, temperature: float = 0.1) -> Tensor:

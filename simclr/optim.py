@@ -69,10 +69,19 @@ class LARS(torch.optim.Optimizer):
 def _step(group: Group, parameters: Tensors, gradients: Tensors, buffers: Tensors) -> None:
     if group["lars_exclude"]:
         _sgd(group, parameters, gradients, buffers, group["lr"])
-    elif parameters[0].is_cpu:
-        _step_each(group, parameters, gradients, buffers)
+        return
+    rates = group["lr"] * _local_lrs(group, parameters, gradients)
+    if rates.is_cpu:
+        for p, g, buffer, rate in zip(parameters, gradients, buffers, rates.tolist(), strict=True):
+            _sgd(group, [p], [g], [buffer], rate)
     else:
-        _step_together(group, parameters, gradients, buffers)
+        _sgd_without_waiting(group, parameters, gradients, buffers, rates)
+
+
+def _local_lrs(group: Group, parameters: Tensors, gradients: Tensors) -> Tensor:
+    p, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (parameters, gradients))
+    local = group["trust_coefficient"] * p / (g + group["weight_decay"] * p + group["eps"])
+    return local.where((p > 0) & (g > 0), 1.0)
 
 
 def _sgd(group: Group, parameters: Tensors, gradients: Tensors, buffers: Tensors, rate: float) -> None:
@@ -86,27 +95,14 @@ def _sgd(group: Group, parameters: Tensors, gradients: Tensors, buffers: Tensors
     sgd(parameters, gradients, buffers, fused=True, **settings)
 
 
-def _step_each(group: Group, parameters: Tensors, gradients: Tensors, buffers: Tensors) -> None:
-    """Adapt and step tensor by tensor: on the CPU, where most are still in the cache after their norms."""
-    for p, g, buffer in zip(parameters, gradients, buffers, strict=True):
-        rate = group["lr"] * _local_lr(group, p.norm(), g.norm()).item()
-        _sgd(group, [p], [g], [buffer], rate)
-
-
-def _step_together(group: Group, parameters: Tensors, gradients: Tensors, buffers: Tensors) -> None:
-    """Adapt and step all tensors at once: on a GPU, where the rates stay, so that nothing waits for it."""
-    p, g = (torch.stack(torch._foreach_norm(tensors)) for tensors in (parameters, gradients))
-    rates = group["lr"] * _local_lr(group, p, g)
+def _sgd_without_waiting(
+    group: Group, parameters: Tensors, gradients: Tensors, buffers: Tensors, rates: Tensor
+) -> None:
+    """Take a step with lr·local_lr = `rates`, one each, which stay on the GPU: nothing waits for it."""
     change = torch._foreach_add(gradients, parameters, alpha=group["weight_decay"])
     torch._foreach_mul_(buffers, group["momentum"])
     torch._foreach_addcmul_(buffers, change, rates.unbind())
     torch._foreach_sub_(parameters, buffers)
-
-
-def _local_lr(group: Group, p: Tensor, g: Tensor) -> Tensor:
-    """Return local_lr of tensors with the norms `p` and of gradients with the norms `g`."""
-    local = group["trust_coefficient"] * p / (g + group["weight_decay"] * p + group["eps"])
-    return local.where((p > 0) & (g > 0), 1.0)
 
 
 def _laid_out_as(p: Tensor, x: Tensor) -> Tensor:

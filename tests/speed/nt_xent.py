@@ -5,9 +5,9 @@
     PYTHONPATH=. python tests/speed/nt_xent.py --rows 2048 8192 32768 --solo-learn solo-learn
 
 prints a Markdown table, on a GPU when there is one. Every line is a new process. It takes the memory of one
-call beyond what it held before (the peak of what is resident; on a GPU, of what is allocated), then times this
-loss and ours in turn, so that "× ours" compares like with like; and the relative differences of the value
-and, in norm, of the gradient from ours.
+call beyond what it held before: the peak of what is resident; on a GPU, of what is allocated. Then it times
+this loss and ours in turn, so that "× ours" compares like with like. The last columns are the relative
+differences of the value and, in norm, of the gradient from ours.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def find(name: str, solo: Path | None) -> Loss | str:
         found = importlib.util.find_spec("lightly")
         return lightly() if found else "not installed: `pip install --no-deps lightly lightly-utils`"
     if name == "solo-learn":
-        hint = "not installed: `git clone https://github.com/vturrisi/solo-learn`, then `--solo-learn solo-learn`"
-        return solo_learn(solo) if solo else hint
+        hint = "`git clone https://github.com/vturrisi/solo-learn`, then `--solo-learn solo-learn`"
+        return solo_learn(solo) if solo else f"not installed: {hint}"
     return {"ours": nt_xent, "dense": dense}[name]
 
 
@@ -188,19 +188,21 @@ def main() -> None:
     print("| 2N | loss | ms | × ours | extra MiB | × ours | value off by | gradient off by |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for rows in args.rows:
-        ours = 0.0
+        ours = None
         for name in ("ours", "dense", "lightly", "solo-learn"):
             found = in_new_process(name, rows)
-            if isinstance(found, str):
-                print(f"| {rows:,} | {name} | {found} | | | | | |", flush=True)
-                continue
-            ours = ours or found["memory"]
-            print(
-                f"| {rows:,} | {name} | {1e3 * found['seconds']:.1f} | {found['seconds'] / found['ours']:.2f} "
-                f"| {found['memory'] / MIB:.0f} | {found['memory'] / ours:.1f} | {found['value']:.0e} "
-                f"| {found['gradient']:.0e} |",
-                flush=True,
-            )
+            ours = ours or found
+            print(f"| {rows:,} | {name} | {cells(found, ours)} |", flush=True)
+
+
+def cells(found: dict[str, float] | str, ours: dict[str, float] | str) -> str:
+    """Return a line of the table, from the milliseconds on."""
+    if isinstance(found, str):
+        return f"{found} | | | | |"
+    milliseconds, mebibytes = 1e3 * found["seconds"], found["memory"] / MIB
+    slower, larger = found["seconds"] / found["ours"], found["memory"] / ours["memory"]
+    numbers = f"{milliseconds:.1f} | {slower:.2f} | {mebibytes:.0f} | {larger:.1f}"
+    return f"{numbers} | {found['value']:.0e} | {found['gradient']:.0e}"
 
 
 if __name__ == "__main__":
