@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from simclr import loss as loss_module
 from simclr.loss import nt_xent
@@ -42,9 +44,13 @@ def views():
     return 3 * torch.randn(2, 7, 5, generator=generator, dtype=torch.float64)
 
 
-@pytest.fixture(params=[2**22, 40, 1], ids="tile_{}".format)
+# Seven images have 14 rows: strips of 1 (by either limit), of 3 with a shorter last one, and of all.
+@pytest.fixture(
+    params=[(1, 1), (2**22, 8), (3 * 14 + 13, 1), (2**22, 1)], ids="tile_{0[0]}_strips_{0[1]}".format
+)
 def tile(request, monkeypatch):
-    monkeypatch.setattr(loss_module, "TILE", request.param)
+    monkeypatch.setattr(loss_module, "TILE", request.param[0])
+    monkeypatch.setattr(loss_module, "STRIPS", request.param[1])
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 2.0])
@@ -59,6 +65,30 @@ def test_gradient_equals_autograd_of_the_full_matrix(views):
     nt_xent(*ours, 0.1).backward()
     dense(*theirs, 0.1).backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.002, 0.999 / 64, 1 / 64, 0.03])
+@pytest.mark.usefixtures("tile")
+def test_low_temperatures_equal_the_full_matrix(views, temperature):
+    """On either side of where exponentials are taken without their maximum."""
+    ours, theirs = views.clone().requires_grad_(), views.clone().requires_grad_()
+    found, expected = nt_xent(*ours, temperature), dense(*theirs, temperature)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    found.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("temperature", [0.999 / 64, 1 / 64])
+def test_the_extremes_of_float32_are_exact(temperature):
+    """Positives as far apart as they can be, and for half of the images also all negatives."""
+    z0 = torch.cat([torch.ones(50, 4), -torch.ones(1, 4)])
+    single, double = (torch.stack([z0, -z0]).to(dtype).requires_grad_() for dtype in (None, torch.float64))
+    found, expected = nt_xent(*single, temperature), dense(*double, temperature)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    found.backward()
+    expected.backward()
+    torch.testing.assert_close(single.grad.double(), double.grad, rtol=0, atol=1e-6)
 
 
 @pytest.mark.usefixtures("tile")
@@ -127,7 +157,43 @@ def test_differing_shapes_are_refused():
         nt_xent(torch.ones(3, 4), torch.ones(2, 4))
 
 
-SPLITS = {2: [3, 4], 4: [1, 3, 2, 1]}
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.elements = max(self.elements, *(x.numel() for x in tree_leaves(made) if torch.is_tensor(x)), 0)
+        return made
+
+
+def test_no_tensor_is_as_large_as_the_matrix(monkeypatch):
+    """128 rows: 16,384 similarities, of which at most 1,024 exist at a time."""
+    z = torch.randn(2, 64, 3, requires_grad=True)
+    monkeypatch.setattr(loss_module, "TILE", 1024)
+    with Largest() as largest:
+        nt_xent(*z).backward()
+    assert 512 < largest.elements <= 1024
+
+
+def test_gradient_caching_over_micro_batches_gives_the_gradient_of_the_batch(views):
+    """The projections are the leaves of the loss; their gradients go through the network in parts."""
+    whole, parts = _network(), _network()
+    nt_xent(*whole(views.flatten(0, 1)).chunk(2), 0.2).backward()
+
+    micro_batches = views.split([3, 3, 1], 1)
+    with torch.no_grad():
+        z = torch.cat([parts(images) for images in micro_batches], 1)
+    z.requires_grad_()
+    nt_xent(*z, 0.2).backward()
+    for images, gradient in zip(micro_batches, z.grad.split([3, 3, 1], 1), strict=True):
+        parts(images).backward(gradient)
+    for found, expected in zip(parts.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-10, atol=1e-12)
+
+
+SPLITS = {1: [7], 2: [3, 4], 3: [4, 0, 3], 4: [1, 3, 2, 1]}
 
 
 def _network():
@@ -136,6 +202,7 @@ def _network():
 
 
 def _rank_gradient(rank, sizes, views, folder):
+    loss_module.TILE = 28  # strips of two rows
     dist.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=len(sizes))
     model = _network()
     loss = nt_xent(*model(views.split(sizes, 1)[rank].flatten(0, 1)).chunk(2), 0.2)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from simclr import optim
 from simclr.model import projector, resnet
 from simclr.optim import LARS, SCHEDULES, parameter_groups
 
@@ -22,22 +23,72 @@ def reference_step(p, g, buffer, lr, momentum, weight_decay, trust, eps, exclude
 
 
 @pytest.mark.parametrize("exclude", [False, True])
-def test_steps_equal_the_reference(exclude):
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_steps_equal_the_reference(exclude, momentum):
     torch.manual_seed(0)
     tensors = [torch.randn(4, 3), torch.randn(5), torch.zeros(2, 2)]
     parameters = [nn.Parameter(t.double()) for t in tensors]
     group = {"params": parameters, "lars_exclude": exclude}
-    optimizer = LARS([group], lr=0.5, momentum=0.9, weight_decay=0.01, trust_coefficient=0.02)
+    optimizer = LARS([group], lr=0.5, momentum=momentum, weight_decay=0.01, trust_coefficient=0.02)
     expected, buffers = [p.detach().clone() for p in parameters], [None] * 3
     for step in range(4):
         optimizer.param_groups[0]["lr"] = lr = 0.5 / (step + 1)
         for i, p in enumerate(parameters):
             p.grad = torch.randn_like(p) if (step, i) != (1, 0) else torch.zeros_like(p)
             expected[i], buffers[i] = reference_step(
-                expected[i], p.grad, buffers[i], lr, 0.9, 0.01, 0.02, 1e-8, exclude
+                expected[i], p.grad, buffers[i], lr, momentum, 0.01, 0.02, 1e-8, exclude
             )
         optimizer.step()
         torch.testing.assert_close([p.detach() for p in parameters], expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+def test_the_step_that_leaves_rates_on_a_gpu_is_the_same(momentum):
+    torch.manual_seed(0)
+    group = {"momentum": momentum, "weight_decay": 0.01}
+    rates = torch.rand(2, dtype=torch.float64)
+    tensors = [[torch.randn(n, 3, dtype=torch.float64) for n in (4, 2)] for _ in range(3)]
+    found = copy.deepcopy(tensors)
+    optim._sgd_without_waiting(group, *found, rates)
+    for p, g, buffer, rate in zip(*tensors, rates.tolist(), strict=True):
+        expected, _ = reference_step(p, g, buffer, rate, momentum, 0.01, 0, 0, exclude=True)
+        torch.testing.assert_close(found[0].pop(0), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("exclude", [False, True])
+def test_gradients_and_state_may_lie_in_memory_unlike_the_weights(exclude):
+    """A state saved from a network in one memory format resumes in another."""
+    torch.manual_seed(0)
+    weights, *gradients = torch.randn(3, 4, 3, 2, 2).unbind()
+
+    def step(p, gradient, state):
+        optimizer = LARS([{"params": [p], "lars_exclude": exclude}], lr=0.1, weight_decay=0.1)
+        if state:
+            optimizer.load_state_dict(state)
+        p.grad = gradient
+        optimizer.step()
+        return copy.deepcopy(optimizer.state_dict())
+
+    def train(formats):
+        p, state = weights, None
+        for gradient, memory_format in zip(gradients, formats, strict=True):
+            p = nn.Parameter(p.detach().clone(memory_format=memory_format))
+            state = step(p, gradient, state)
+        return p.detach()
+
+    plain, last = torch.contiguous_format, torch.channels_last
+    for formats in ((last, last), (last, plain), (plain, last)):
+        torch.testing.assert_close(train(formats), train((plain, plain)), rtol=1e-6, atol=0)
+
+
+def test_a_step_leaves_the_gradients_as_they_are():
+    parameters = [nn.Parameter(torch.rand(3, 2)), nn.Parameter(torch.rand(3))]
+    gradients = [torch.rand(3, 2), torch.rand(3)]
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.grad = gradient.clone()
+    groups = [{"params": parameters[:1]}, {"params": parameters[1:], "lars_exclude": True}]
+    LARS(groups, lr=0.3, weight_decay=0.1).step()
+    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(parameters, gradients, strict=True))
 
 
 def test_a_step_by_hand():
@@ -121,6 +172,20 @@ def test_parameter_groups_of_the_published_network(exclude, adapted_1d):
     assert [tuple(p.shape) for p in adapted["params"] if p.ndim == 1] == [(256,), (512,), (1024,), (2048,)][
         :adapted_1d
     ]
+
+
+def test_the_shortcuts_batchnorm_weights_are_all_that_the_two_publications_treat_differently():
+    with torch.device("meta"):
+        model = nn.ModuleDict({"backbone": resnet("resnet50"), "projector": projector(2048, 2048, 128)})
+    names = {id(p): name for name, p in model.named_parameters()}
+
+    def excluded(rule):
+        return {names[id(p)] for p in parameter_groups(model, 1e-6, rule)[1]["params"]}
+
+    all_of_them, but_shortcut = excluded("bias_and_bn"), excluded("bias_and_bn_but_shortcut")
+    assert all_of_them == {name for name, p in model.named_parameters() if p.ndim == 1}
+    assert all_of_them - but_shortcut == {f"backbone.layer{i}.0.downsample.1.weight" for i in (1, 2, 3, 4)}
+    assert {f"projector.{i}.{kind}" for i in (1, 4) for kind in ("weight", "bias")} < but_shortcut
 
 
 PUBLISHED = {
