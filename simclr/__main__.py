@@ -1,6 +1,6 @@
 """The command line: `python -m simclr <step>`. Finds steps by name; a step's parameters are its options.
 
-`config: Recipe` in a step's signature reads `--config` as a `Recipe`, and `run: Run` likewise;
+`config: Recipe` in a step's signature reads `--config` as a `Recipe`, and `execution: Execution` likewise;
 `train: Features` opens the folder given as `--train`; a `Path`, `str` or `int` is handed on as it is. One
 with a default may be left out.
 """
@@ -36,7 +36,7 @@ STEPS = {
 }
 
 # Parameters that are blocks of the config file.
-BLOCKS = ("config", "run")
+BLOCKS = ("config", "execution")
 
 # What the annotation of a step's parameter stands for on the command line.
 OPENERS = {

@@ -258,7 +258,7 @@ class Recipe(Closed):
         return self
 
 
-class Run(Closed):
+class Execution(Closed):
     """How a machine runs a recipe. Nothing here changes the recipe, so no edit of it trains again."""
 
     micro_batch: int | None = Field(
@@ -333,7 +333,7 @@ class Model(Closed):
         description="GPUs for pretraining; every other job of the model takes one. 0: all on the CPU. "
         "Does not change the recipe.",
     )
-    run: Run = Run()
+    execution: Execution = Execution()
 
     @model_validator(mode="after")
     def _one_source(self) -> Model:

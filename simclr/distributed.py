@@ -89,7 +89,7 @@ def gather(rows: Tensor) -> list[Tensor]:
     length = torch.tensor([len(rows)], device=rows.device)
     lengths = [torch.empty_like(length) for _ in range(world_size())]
     dist.all_gather(lengths, length)
-    counts = [int(n) for n in lengths]
+    counts = torch.cat(lengths).tolist()
     # The backends gather equal shapes only.
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: len(rows)] = rows

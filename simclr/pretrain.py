@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from simclr import BadInput, datasets, distributed, online_knn, results, rolling, stream
 from simclr.augment import augment
 from simclr.checkpoint import save_backbone
-from simclr.config import Recipe, Run
+from simclr.config import Execution, Recipe
 from simclr.datasets import Dataset
 from simclr.loss import nt_xent
 from simclr.model import projector, resnet
@@ -35,10 +35,12 @@ from simclr.training_log import Log, peak_memory_gb, plot, write_csv
 SAVE_SECONDS = 120  # between two rolling checkpoints
 UNIFORMITY_ROWS = 512  # projections of which uniformity is taken; all pairs of a large batch would cost time
 
-RUN = Run()  # the whole share of the batch at one time
+EXECUTION = Execution()  # the whole share of the batch at one time
 
 
-def pretrain(config: Recipe, dataset: Dataset, output: Path, work: Path, run: Run = RUN) -> None:
+def pretrain(
+    config: Recipe, dataset: Dataset, output: Path, work: Path, execution: Execution = EXECUTION
+) -> None:
     """Pretrain a backbone and write it to `output`, with pretrain.json, .csv and .png beside it.
 
     `work` is a folder for rolling checkpoints and TensorBoard's log, in a folder of their own for each recipe
@@ -51,14 +53,14 @@ def pretrain(config: Recipe, dataset: Dataset, output: Path, work: Path, run: Ru
 
     Raises `BadInput` for a batch that does not fit images, processes or micro-batches, while another process
     works on the same run, for images that cannot be decoded, and for a loss or gradient that is not finite
-    (`run.skip_images` and `run.skip_steps` of them are borne).
+    (`execution.skip_images` and `execution.skip_steps` of them are borne).
     """
     with (
         distributed.process_group() as device,
         results.workplace(work, run_of(config, dataset)) as folder,
         rolling.stop_signals() as signals,
     ):
-        job = Job(config, run, dataset, device, folder)
+        job = Job(config, execution, dataset, device, folder)
         paths = datasets.samples(dataset, "train").paths
         steps_per_epoch = count_steps(job, len(paths))
         steps = config.epochs * steps_per_epoch
@@ -69,7 +71,7 @@ def pretrain(config: Recipe, dataset: Dataset, output: Path, work: Path, run: Ru
         optimizer = build_optimizer(config, network)
         state = resume(job, network, optimizer)
         model = parallel(job, network).train()
-        loader = stream.load(config, run, paths, steps_per_epoch, state["step"], device)
+        loader = stream.load(config, execution, paths, steps_per_epoch, state["step"], device)
 
         saved = clock = time.monotonic()
         begun = clock - state["seconds"]
@@ -81,7 +83,7 @@ def pretrain(config: Recipe, dataset: Dataset, output: Path, work: Path, run: Ru
                 for group in optimizer.param_groups:
                     group["lr"] = lr
 
-                buffers = copies(network.buffers()) if run.skip_steps else []
+                buffers = copies(network.buffers()) if execution.skip_steps else []
                 images = len(batch[0]) * distributed.world_size()
                 optimizer.zero_grad()
                 measured = measure(*gradients(job, model, batch), network)
@@ -126,7 +128,7 @@ class Job(NamedTuple):
     """A recipe on a machine."""
 
     config: Recipe
-    run: Run
+    execution: Execution
     dataset: Dataset
     device: torch.device
     folder: Path
@@ -146,7 +148,7 @@ class Job(NamedTuple):
     def batch_norm_images(self) -> int:
         """Images whose statistics BatchNorm takes, in every step but the last of an epoch."""
         world = distributed.world_size()
-        at_once = self.run.micro_batch or self.config.batch_size // world
+        at_once = self.execution.micro_batch or self.config.batch_size // world
         return at_once if self.config.batch_norm == "process" else at_once * world
 
     @property
@@ -154,7 +156,7 @@ class Job(NamedTuple):
         """What may change when a run goes on."""
         return {
             "processes": distributed.world_size(),
-            "micro_batch": self.run.micro_batch,
+            "micro_batch": self.execution.micro_batch,
             "device": self.device.type,
         }
 
@@ -183,7 +185,7 @@ def parallel(job: Job, network: nn.Module) -> nn.Module:
     """Return `network` as one of `world_size()` replicas, whose gradients are averaged."""
     if distributed.world_size() > 1 and job.config.batch_norm != "process":
         network = distributed.sync_batchnorm(network)
-    if job.run.compile:
+    if job.execution.compile:
         network.compile()
     if distributed.world_size() == 1:
         return network
@@ -215,7 +217,7 @@ def gradients(job: Job, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]
     """
     temperature, divisor = job.config.temperature, job.config.gradient_divisor
     share = len(batch[0])
-    pieces = math.ceil(share / (job.run.micro_batch or share))
+    pieces = math.ceil(share / (job.execution.micro_batch or share))
     if pieces == 1:
         z = project(job, model, batch)
         loss = nt_xent(*z, temperature)
@@ -279,11 +281,12 @@ def skip_step(job: Job, state: dict[str, Any], step: int, lr: float, measured: d
     """
     state["skipped_steps"] += 1
     found = ", ".join(f"{key} {measured[key]}" for key in ("loss", "gradient_norm"))
-    if state["skipped_steps"] > job.run.skip_steps:
+    if state["skipped_steps"] > job.execution.skip_steps:
         raise BadInput(
             f"step {step}: expected finite numbers, found {found} at a learning rate of {lr:.3g}; lower `lr` "
             "or raise `warmup_epochs` or `temperature` in the recipe; or go on from the last good state, in "
-            f"{job.folder}, with run.skip_steps above {job.run.skip_steps}, which leaves such steps out"
+            f"{job.folder}, with execution.skip_steps above {job.execution.skip_steps}, which leaves such "
+            "steps out"
         )
     print(f"step {step}: {found} at a learning rate of {lr:.3g}; undone and left out", file=sys.stderr)
 
@@ -301,24 +304,24 @@ def agree(
         mine = torch.tensor(undecodable, dtype=torch.int64, device=job.device)
         everyone = torch.cat(distributed.gather(mine)).tolist()
         state["undecodable"] = sorted({*state["undecodable"], *everyone})
-    if len(state["undecodable"]) > job.run.skip_images:
+    if len(state["undecodable"]) > job.execution.skip_images:
         names = ", ".join(str(paths[i]) for i in state["undecodable"][:5])
         raise BadInput(
-            f"{len(state['undecodable'])} images cannot be decoded, more than run.skip_images: "
-            f"{job.run.skip_images}; replace them by intact copies, or raise it: {names}"
+            f"{len(state['undecodable'])} images cannot be decoded, more than execution.skip_images: "
+            f"{job.execution.skip_images}; replace them by intact copies, or raise it: {names}"
         )
     return stop > 0
 
 
 def knn_is_due(job: Job, epoch: int) -> bool:
     """Return whether the nearest neighbours are asked at the end of `epoch`, counted from 0."""
-    every = job.run.knn_every
+    every = job.execution.knn_every
     return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == job.config.epochs)
 
 
 def count_steps(job: Job, images: int) -> int:
     """Return the steps per epoch; raises `BadInput` for a batch that does not fit images and processes."""
-    config, micro_batch, world = job.config, job.run.micro_batch, distributed.world_size()
+    config, micro_batch, world = job.config, job.execution.micro_batch, distributed.world_size()
     if images < config.batch_size:
         raise BadInput(
             f"batch_size: expected at most the {images} images of {config.dataset}'s train split, found "
@@ -326,14 +329,14 @@ def count_steps(job: Job, images: int) -> int:
         )
     at_once = world * (micro_batch or 1)
     if config.batch_size % at_once:
-        pieces = f" × run.micro_batch {micro_batch}" if micro_batch else ""
+        pieces = f" × execution.micro_batch {micro_batch}" if micro_batch else ""
         raise BadInput(
             f"batch_size: expected a multiple of the {world} processes{pieces}, found {config.batch_size}; "
             f"change batch_size or the number of GPUs{' or micro_batch' if micro_batch else ''}"
         )
     if config.batch_norm == "whole_batch" and micro_batch and at_once < config.batch_size:
         raise BadInput(
-            f"run.micro_batch: {world} × {micro_batch} images pass at one time, but the recipe wants "
+            f"execution.micro_batch: {world} × {micro_batch} images pass at one time, but the recipe wants "
             f"BatchNorm's statistics of all {config.batch_size}; set micro_batch: null and take more GPUs, "
             "or set batch_norm: micro_batch in the recipe, which makes it another one"
         )
@@ -405,7 +408,7 @@ def metadata(job: Job, state: dict[str, Any], steps: int) -> dict[str, str]:
         "architecture": job.config.architecture,
         "source": "pretrain",
         "recipe": json.dumps(job.config.model_dump(mode="json"), sort_keys=True),
-        "run": job.run.model_dump_json(),
+        "execution": job.execution.model_dump_json(),
         "epochs": str(job.config.epochs),
         **{key: str(value) for key, value in facts(job, state, steps).items()},
         "skipped_images": json.dumps(state["undecodable"]),
@@ -424,7 +427,7 @@ def record(job: Job, state: dict[str, Any], steps: int, backbone: Path) -> resul
         checkpoint_sha256=results.sha256(backbone),
         dataset=job.dataset.dataset,
         recipe=job.config.model_dump(mode="json"),
-        run=job.run.model_dump(mode="json"),
+        execution=job.execution.model_dump(mode="json"),
         **facts(job, state, steps),
         skipped_images=state["undecodable"],
         knn=knn[-1] if knn else None,

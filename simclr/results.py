@@ -58,7 +58,7 @@ class Pretraining(Closed):
     checkpoint_sha256: Sha256 = Field(pattern="^[0-9a-f]{64}$")
     dataset: DatasetStamp
     recipe: dict[str, Any]
-    run: dict[str, Any]
+    execution: dict[str, Any]
     steps: int
     images_seen: int = Field(description="Over all epochs; those filled up to equal shares included.")
     skipped_steps: int = Field(description="Not finite, undone and left out.")

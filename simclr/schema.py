@@ -40,7 +40,7 @@ def keys() -> str:
         _block("features.<voc2007 or imagenet>", config.FeatureSet.__doc__, config.FeatureSet),
         _block("models.<name>", config.Model.__doc__, config.Model, only=("benchmarks", "gpus")),
         _block("models.<name>.pretrain", config.Recipe.__doc__, config.Recipe),
-        _block("models.<name>.run", config.Run.__doc__, config.Run),
+        _block("models.<name>.execution", config.Execution.__doc__, config.Execution),
         _block("models.<name>.import_checkpoint", config.ImportCheckpoint.__doc__, config.ImportCheckpoint),
         _block("models.<name>.random_init", config.RandomInit.__doc__, config.RandomInit),
         *(_benchmark(name) for name in BENCHMARKS),

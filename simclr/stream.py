@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from simclr import BadInput, datasets, distributed
-from simclr.config import Recipe, Run
+from simclr.config import Execution, Recipe
 from simclr.paths import Unreachable
 from simclr.rolling import leave_signals_to_the_trainer
 from simclr.transforms import read_pixels, two_crops, two_views
@@ -53,8 +53,8 @@ def keys(
 class Views:
     """Two views of an image as the item (epoch, image) of a map-style dataset; decoded beforehand if few."""
 
-    def __init__(self, config: Recipe, run: Run, paths: Sequence[Path]):
-        self.seed, self.paths, self.bear = config.seed, paths, run.skip_images
+    def __init__(self, config: Recipe, execution: Execution, paths: Sequence[Path]):
+        self.seed, self.paths, self.bear = config.seed, paths, execution.skip_images
         if config.pipeline == "device":
             self.read, self.draw = read_pixels, two_crops(config.augmentation)
         else:
@@ -100,7 +100,7 @@ def decode_all(paths: Sequence[Path], read: Callable[[Path], Any], limit: int) -
 
 def load(
     config: Recipe,
-    run: Run,
+    execution: Execution,
     paths: Sequence[Path],
     steps_per_epoch: int,
     first_step: int,
@@ -111,7 +111,7 @@ def load(
     An item is a batch, as the recipe's pipeline makes it, and the images that could not be decoded.
     """
     return DataLoader(
-        Views(config, run, paths),
+        Views(config, execution, paths),
         batch_sampler=keys(config, len(paths), steps_per_epoch, first_step),
         num_workers=divide_cores(device),
         pin_memory=device.type == "cuda",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from simclr import BadInput
-from simclr.__main__ import BLOCKS, OPENERS, STEPS, find, main, read_block
+from simclr.__main__ import BLOCKS, OPENERS, STEPS, _parser, find, main, read_block
 from simclr.benchmarks import BENCHMARKS, imagenet_knn
 from simclr.config import Config
 
@@ -96,3 +96,14 @@ def test_a_block_is_json_or_a_file_or_a_block_of_a_file():
 def test_a_block_that_cannot_be_read_says_why(text, message):
     with pytest.raises(BadInput, match=message):
         read_block(text, imagenet_knn.Config)
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_torchrun_hands_every_option_of_a_step_on(step):
+    """It takes for its own what begins one of its own options, wherever it stands: --run, for --run-path."""
+    from torch.distributed.run import parse_args
+
+    options = [action.option_strings[-1] for action in _parser(step, find(STEPS[step][0]))._actions]
+    arguments = [text for option in options for text in (option, "value")]
+    parsed = parse_args(["--standalone", "--nproc-per-node=2", "-m", "simclr", step, *arguments])
+    assert parsed.training_script_args == [step, *arguments]

@@ -389,7 +389,7 @@ def a_pretraining(**changes) -> results.Pretraining:
         "checkpoint_sha256": "ab" * 32,
         "dataset": {"name": "imagenet", "manifest_sha256": "cd" * 32},
         "recipe": {"batch_size": 256},
-        "run": {},
+        "execution": {},
         "steps": 1_001_000,
         "images_seen": 256_233_400,
         "skipped_steps": 0,

@@ -33,7 +33,7 @@ from simclr import (
     transforms,
 )
 from simclr.checkpoint import Backbone
-from simclr.config import Augmentation, Recipe, Run
+from simclr.config import Augmentation, Execution, Recipe
 from simclr.datasets import Dataset
 from simclr.loss import nt_xent
 from simclr.optim import SCHEDULES, parameter_groups
@@ -67,7 +67,7 @@ def manifest(tmp_path_factory) -> Path:
     return root / "manifest.json"
 
 
-def _run(recipe, manifest, folder, die_at=None, number=None, environment=None, run=None):
+def _run(recipe, manifest, folder, die_at=None, number=None, environment=None, execution=None):
     """Pretrain; send signal `number` to this very process at the beginning of step `die_at`."""
     os.environ.update(environment or {})
     torch.set_num_threads(1)
@@ -83,7 +83,7 @@ def _run(recipe, manifest, folder, die_at=None, number=None, environment=None, r
 
     SCHEDULES[recipe.cosine] = dying
     output, work = folder / "backbone.safetensors", folder / "work"
-    pretrain.pretrain(recipe, Dataset.open(manifest), output, work, run or Run())
+    pretrain.pretrain(recipe, Dataset.open(manifest), output, work, execution or Execution())
 
 
 def start(*arguments, **keywords):
@@ -246,8 +246,8 @@ def _copy_of_work(finished: Path, folder: Path) -> Path:
     return folder
 
 
-def _job(folder, manifest, recipe=RECIPE, run=Run()):  # noqa: B008
-    return pretrain.Job(recipe, run, Dataset.open(manifest), torch.device("cpu"), folder)
+def _job(folder, manifest, recipe=RECIPE, execution=Execution()):  # noqa: B008
+    return pretrain.Job(recipe, execution, Dataset.open(manifest), torch.device("cpu"), folder)
 
 
 def _resume(work: Path, manifest, recipe=RECIPE):
@@ -314,10 +314,10 @@ def test_a_second_run_in_the_same_folder_is_refused(manifest, tmp_path):
         pass
 
 
-def _pretrain(manifest, folder, recipe=RECIPE, run=Run()):  # noqa: B008
+def _pretrain(manifest, folder, recipe=RECIPE, execution=Execution()):  # noqa: B008
     """Pretrain in this process."""
     output = folder / "backbone.safetensors"
-    pretrain.pretrain(recipe, Dataset.open(manifest), output, folder / "work", run)
+    pretrain.pretrain(recipe, Dataset.open(manifest), output, folder / "work", execution)
     return results.read(folder / "pretrain.json", results.Pretraining)
 
 
@@ -353,7 +353,7 @@ def test_what_is_not_finite_stops_at_once(manifest, tmp_path, monkeypatch, what)
 def test_a_step_that_is_not_finite_can_be_undone_and_left_out(manifest, tmp_path, monkeypatch, capsys):
     """Images that are not numbers spoil BatchNorm's running statistics too, which must come back."""
     _spoil(monkeypatch, "augment", 1, lambda images, *_: images * float("nan"))
-    record = _pretrain(manifest, tmp_path, run=Run(skip_steps=1))
+    record = _pretrain(manifest, tmp_path, execution=Execution(skip_steps=1))
     assert (record.skipped_steps, record.images_seen) == (1, 44 - 8)
     assert "step 1: loss nan" in capsys.readouterr().err
     found = rows(tmp_path)
@@ -373,7 +373,10 @@ def test_weights_that_are_not_finite_are_never_saved(manifest, tmp_path):
 
 def test_nearest_neighbours_are_shown_and_change_nothing(finished, manifest, tmp_path):
     for every in (0, 1):
-        assert exit_status(start(RECIPE, manifest, tmp_path / str(every), run=Run(knn_every=every))) == 0
+        assert (
+            exit_status(start(RECIPE, manifest, tmp_path / str(every), execution=Execution(knn_every=every)))
+            == 0
+        )
     never, always = (Backbone.open(tmp_path / name / "backbone.safetensors").state() for name in "01")
     assert all(torch.equal(never[key], always[key]) for key in never)
     asked = [[row["knn"] != "" for row in rows(tmp_path / name)] for name in "01"]
@@ -403,7 +406,7 @@ def test_gradient_caching_gives_the_gradient_of_the_whole_batch(manifest, tmp_pa
     )
     views = torch.randn(7, 2, 3, 2, 2, dtype=torch.float64)
     ours, theirs = _network(norm), _network(norm)
-    loss, z = pretrain.gradients(_job(tmp_path, manifest, recipe, Run(micro_batch=3)), ours, [views])
+    loss, z = pretrain.gradients(_job(tmp_path, manifest, recipe, Execution(micro_batch=3)), ours, [views])
     parts = [views[first::3].transpose(0, 1).flatten(0, 1) for first in range(3)]
     expected_z = torch.cat([theirs(part).unflatten(0, (2, -1)) for part in parts], 1)
     expected = nt_xent(*expected_z, recipe.temperature)
@@ -422,7 +425,7 @@ def test_micro_batches_of_one_process_train_the_weights_of_as_many_processes(man
     recipe = RECIPE.model_copy(update={"batch_norm": "process"})
     alone, together = tmp_path / "alone", tmp_path / "together"
     processes = [
-        start(recipe, manifest, alone, run=Run(micro_batch=4)),
+        start(recipe, manifest, alone, execution=Execution(micro_batch=4)),
         *start_ranks(recipe, manifest, together),
     ]
     assert [exit_status(process) for process in processes] == [0, 0, 0]
@@ -434,15 +437,15 @@ def test_micro_batches_of_one_process_train_the_weights_of_as_many_processes(man
 
 
 def test_micro_batches_are_refused_where_the_recipe_wants_whole_batches(manifest, tmp_path):
-    run = Run(micro_batch=4)
+    execution = Execution(micro_batch=4)
     with pytest.raises(
         BadInput, match=r"1 × 4 images pass at one time, .* statistics of all 8; set micro_batch"
     ):
-        pretrain.count_steps(_job(tmp_path, manifest, run=run), IMAGES)
+        pretrain.count_steps(_job(tmp_path, manifest, execution=execution), IMAGES)
     in_pieces = RECIPE.model_copy(update={"batch_norm": "micro_batch"})
-    assert pretrain.count_steps(_job(tmp_path, manifest, in_pieces, run), IMAGES) == 3
-    with pytest.raises(BadInput, match=r"a multiple of the 1 processes × run.micro_batch 3, found 8"):
-        pretrain.count_steps(_job(tmp_path, manifest, in_pieces, Run(micro_batch=3)), IMAGES)
+    assert pretrain.count_steps(_job(tmp_path, manifest, in_pieces, execution), IMAGES) == 3
+    with pytest.raises(BadInput, match=r"a multiple of the 1 processes × execution.micro_batch 3, found 8"):
+        pretrain.count_steps(_job(tmp_path, manifest, in_pieces, Execution(micro_batch=3)), IMAGES)
 
 
 # ---------------------------------------------------------------- data
@@ -505,14 +508,16 @@ def test_an_image_that_cannot_be_decoded_is_named_and_ends_the_run(spoilt, tmp_p
 
 
 def test_a_stated_number_of_images_may_be_skipped_and_is_counted(spoilt, tmp_path):
-    record = _pretrain(spoilt, tmp_path, run=Run(skip_images=1))
+    record = _pretrain(spoilt, tmp_path, execution=Execution(skip_images=1))
     assert [Path(name).name for name in record.skipped_images] == [
         "5.JPEG"
     ]  # once, though met in both epochs
     assert (record.images_seen, rows(tmp_path)[-1]["skipped_images"]) == (44, "1")
     os.truncate(spoilt.parent / "train/n00000001/8.JPEG", 10)
-    with pytest.raises(BadInput, match=r"2 images cannot be decoded, more than run.skip_images: 1; .*8.JPEG"):
-        _pretrain(spoilt, tmp_path / "again", run=Run(skip_images=1))
+    with pytest.raises(
+        BadInput, match=r"2 images cannot be decoded, more than execution.skip_images: 1; .*8.JPEG"
+    ):
+        _pretrain(spoilt, tmp_path / "again", execution=Execution(skip_images=1))
 
 
 def test_a_dataset_that_vanishes_ends_the_run_with_its_name(spoilt, tmp_path, monkeypatch):
@@ -527,7 +532,7 @@ def test_a_dataset_that_vanishes_ends_the_run_with_its_name(spoilt, tmp_path, mo
     monkeypatch.setattr(pretrain, "agree", vanish)
     monkeypatch.setattr(stream, "divide_cores", lambda device: 0)  # so that no worker is ahead
     with pytest.raises(BadInput, match=r"images/train"):
-        _pretrain(spoilt, tmp_path, run=Run(skip_images=1))
+        _pretrain(spoilt, tmp_path, execution=Execution(skip_images=1))
     assert list(tmp_path.glob("work/*/checkpoint-*.pt"))
 
 
@@ -587,7 +592,7 @@ def test_when_one_process_dies_all_stop_and_nothing_is_half_written(manifest, tm
 
 
 def _of(recipe: Recipe) -> pretrain.Job:
-    return pretrain.Job(recipe, Run(), None, torch.device("cpu"), None)
+    return pretrain.Job(recipe, Execution(), None, torch.device("cpu"), None)
 
 
 def _published(name: str) -> Recipe:

@@ -44,9 +44,9 @@ def source_block(wildcards):
     return json.dumps(CONFIG.block("models", wildcards.model, CONFIG.models[wildcards.model].source))
 
 
-def run_block(wildcards, resources):
+def execution_block(wildcards, resources):
     """Return how a machine runs the model's recipe, as JSON; `resources` keeps it out of what is compared."""
-    return CONFIG.models[wildcards.model].run.model_dump_json(exclude_unset=True)
+    return CONFIG.models[wildcards.model].execution.model_dump_json(exclude_unset=True)
 
 
 def benchmark_block(name):

@@ -3,7 +3,7 @@ rule pretrain:
     """Pretrain with SimCLR. What a kill must not lose lies in the work folder; the output is only ever whole.
 
     How a machine runs it must not decide whether it is stale: the number of GPUs is a resource, and the model's
-    `run:` block a param that depends on one, which Snakemake does not compare.
+    `execution:` block a param that depends on one, which Snakemake does not compare.
     """
     input:
         # A dataset verified again is no reason to train again; other images are: raise the recipe's version.
@@ -34,7 +34,7 @@ rule pretrain:
     params:
         config=source_block,
         work=work_folder("pretrain"),
-        run=run_block,
+        execution=execution_block,
         python=lambda wildcards, resources: (
             "TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 "
             f"torchrun --standalone --nproc-per-node={resources.gpu}"
@@ -43,7 +43,7 @@ rule pretrain:
         ),
     shell:
         "{params.python} -m simclr pretrain --dataset {input.dataset} --config {params.config:q}"
-        " --run {params.run:q} --work {params.work:q} --output {output.backbone} > {log} 2>&1"
+        " --execution {params.execution:q} --work {params.work:q} --output {output.backbone} > {log} 2>&1"
 
 
 rule import_checkpoint:
