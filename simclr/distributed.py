@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ def process_group() -> Iterator[torch.device]:
     """Join the processes that `torchrun` or `srun` started, if one did; yield this process's device.
 
     The backend is nccl on GPUs, one GPU per process, and gloo on CPUs. Raises `BadInput` when the port on
-    which they meet is in use.
+    which they meet is in use, and in the processes that are left when another has ended.
     """
     adopt_slurm_step()
     device = torch.device("cpu")
@@ -33,6 +34,13 @@ def process_group() -> Iterator[torch.device]:
         join("nccl" if device.type == "cuda" else "gloo")
     try:
         yield device
+    except RuntimeError as error:
+        if launched and re.search("Connection (closed|reset) by peer", str(error)):
+            raise BadInput(
+                f"process {rank()} of {world_size()} stops, because another one has ended; what that one "
+                "said stands in the same log"
+            ) from error
+        raise
     finally:
         if launched:
             dist.destroy_process_group()

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,11 @@ def _run(recipe, manifest, folder, die_at=None, number=None, environment=None, e
 
     SCHEDULES[recipe.cosine] = dying
     output, work = folder / "backbone.safetensors", folder / "work"
-    pretrain.pretrain(recipe, Dataset.open(manifest), output, work, execution or Execution())
+    try:
+        pretrain.pretrain(recipe, Dataset.open(manifest), output, work, execution or Execution())
+    except BadInput:
+        traceback.print_exc()  # multiprocessing would write to where standard error was
+        raise
 
 
 def start(*arguments, **keywords):
@@ -583,6 +588,10 @@ def test_when_one_process_dies_all_stop_and_nothing_is_half_written(manifest, tm
     statuses = [exit_status(process) for process in processes]
     assert time.monotonic() - started < 60
     assert statuses == [1, -signal.SIGKILL]
+    assert (
+        "BadInput: process 0 of 2 stops, because another one has ended"
+        in (tmp_path / "stderr-0.txt").read_text()
+    )
     assert not (tmp_path / "backbone.safetensors").exists()
     assert not list(tmp_path.rglob("*.part"))
     assert [exit_status(process) for process in start_ranks(RECIPE, manifest, tmp_path)] == [0, 0]
