@@ -143,7 +143,7 @@ def turn_hue(x: Tensor, shifts: np.ndarray) -> None:
 def grayscale(x: Tensor) -> Tensor:
     """Return the luma of `x` `(n, 3, H, W)` in all three channels."""
     red, green, blue = x.split(1, dim=1)
-    return red.mul(LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).expand_as(x)
+    return red.mul(LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).expand_as(x).contiguous()
 
 
 # ---------------------------------------------------------------- blur

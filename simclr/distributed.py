@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,8 @@ from simclr import BadInput
 @contextmanager
 def process_group() -> Iterator[torch.device]:
     """Join the processes that `torchrun` or `srun` started, if one did; yield this process's device.
+
+    With `srun`, give `--kill-on-bad-exit=1`, which ends the others when one fails; `torchrun` does so itself.
 
     The backend is nccl on GPUs, one GPU per process, and gloo on CPUs. Raises `BadInput` when the port on
     which they meet is in use, and in the processes that are left when another has ended.
@@ -41,9 +43,29 @@ def process_group() -> Iterator[torch.device]:
                 "said stands in the same log"
             ) from error
         raise
-    finally:
-        if launched:
-            dist.destroy_process_group()
+    except SystemExit:  # of all processes together
+        leave()
+        raise
+    # After any other exception this process ends as it is: to take leave, it would wait for the others.
+    leave()
+
+
+def leave() -> None:
+    """Take leave of the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_device(x: Tensor) -> Tensor:
+    """Return `x` on the device whose tensors the processes exchange."""
+    return x.cuda() if dist.is_initialized() and dist.get_backend() == "nccl" else x
+
+
+def from_first(tensors: Iterable[Tensor]) -> None:
+    """Set the tensors to those of the first rank."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def adopt_slurm_step() -> None:

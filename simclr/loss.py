@@ -12,7 +12,7 @@ from torch import Tensor
 from simclr import distributed
 
 # Similarities that exist at one time: 16 MiB of float32. Between the product and the exponential they stay in
-# a CPU's last cache or a GPU's L2, and a GPU is busy with them for as long as asking for a pass takes.
+# a CPU's last cache. (On a GPU the size has not been tuned.)
 TILE = 2**22
 STRIPS = 8  # at least, so that a small batch, too, gains from symmetry and never has its whole matrix
 

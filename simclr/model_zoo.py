@@ -218,6 +218,11 @@ def _remarks(name: str, record: results.Pretraining, rows: Rows) -> Iterable[str
             f"BatchNorm took its statistics of {record.batch_norm_images} images at a time, not of all "
             f"{record.recipe['batch_size']} of a step"
         )
+    for machine in record.machines[1:]:
+        yield (
+            f"from step {machine['from_step']} on: {machine['processes']} × {machine['device']}, "
+            f"{machine['precision']}, BatchNorm over {machine['batch_norm_images']} images"
+        )
     if record.skipped_steps:
         yield f"{record.skipped_steps} steps that were not finite were left out"
     if record.skipped_images:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from simclr import BadInput, datasets, distributed, transforms
+from simclr import BadInput, datasets, distributed, stream, transforms
 from simclr.benchmarks import imagenet_knn
 from simclr.datasets import Dataset, Samples
 from simclr.features import Features
 from simclr.model import ResNet
-from simclr.rolling import leave_signals_to_the_trainer
 
 BANK, QUERIES = 10_000, 2_000  # images at most, of the train and of the val split
 NEIGHBOURS = 20
@@ -27,15 +26,18 @@ def accuracy(backbone: ResNet, dataset: Dataset, image_size: int, workers: int) 
     """Return top-1 of part of the val split in percent, on the first rank; None on the others.
 
     The protocol is that of the benchmark imagenet_knn with k = 20, on evenly spaced images of both splits.
-    Every rank encodes a share of them. Nothing of a training changes: BatchNorm is in evaluation mode
-    meanwhile, and nothing is drawn.
+    Every rank encodes a share of them, with the first one's running statistics. Nothing of a training
+    changes: BatchNorm is in evaluation mode meanwhile, and nothing is drawn.
     """
     bank = evenly(datasets.samples(dataset, "train"), BANK)
     queries = evenly(datasets.samples(dataset, "val"), QUERIES)
-    training = backbone.training
+    training, statistics = backbone.training, [buffer.clone() for buffer in backbone.buffers()]
+    distributed.from_first(backbone.buffers())
     backbone.eval()
     train, test = (encode(backbone, each, image_size, workers) for each in (bank, queries))
     backbone.train(training)
+    for buffer, own in zip(backbone.buffers(), statistics, strict=True):
+        buffer.copy_(own)
     if distributed.rank() > 0:
         return None
     known = np.isin(test.labels, train.labels)
@@ -79,15 +81,15 @@ def encode(backbone: ResNet, samples: Samples, image_size: int, workers: int) ->
     loader = DataLoader(
         Crops(samples.paths[mine], image_size),
         BATCH,
-        num_workers=workers,
         generator=torch.Generator(),  # a loader draws a seed even where nothing is random
-        worker_init_fn=leave_signals_to_the_trainer,
+        **stream.workers(workers),
     )
     width = backbone.channels["avgpool"]
     parts = [torch.empty(0, width + 1, device=device)]  # the last column: decoded or not
-    for batch, decoded in loader:
-        rows = backbone(batch.to(device, memory_format=torch.channels_last))
-        parts.append(torch.cat([rows, decoded.to(device)[:, None]], 1))
+    with stream.ending(loader) as batches:
+        for batch, decoded in batches:
+            rows = backbone(batch.to(device, memory_format=torch.channels_last))
+            parts.append(torch.cat([rows, decoded.to(device)[:, None]], 1))
     ranks = distributed.gather(torch.cat(parts))
     rows = torch.empty(len(samples), width + 1)
     for rank, part in enumerate(ranks):

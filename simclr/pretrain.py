@@ -60,6 +60,8 @@ def pretrain(
         results.workplace(work, run_of(config, dataset)) as folder,
         rolling.stop_signals() as signals,
     ):
+        # As published. (cuDNN's float32 is TF32 otherwise, of 10 bits.)
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
         job = Job(config, execution, dataset, device, folder)
         paths = datasets.samples(dataset, "train").paths
         steps_per_epoch = count_steps(job, len(paths))
@@ -71,12 +73,14 @@ def pretrain(
         optimizer = build_optimizer(config, network)
         state = resume(job, network, optimizer)
         model = parallel(job, network).train()
-        loader = stream.load(config, execution, paths, steps_per_epoch, state["step"], device)
+        workers = stream.divide_cores(device)
 
         saved = clock = time.monotonic()
-        begun = clock - state["seconds"]
-        with Log(folder, state["rows"], state["open_row"], steps) as log:
-            for step, (batch, undecodable) in enumerate(loader, start=state["step"]):
+        with (
+            Log(folder, state["rows"], state["open_row"], steps) as log,
+            stream.batches(config, execution, paths, steps_per_epoch, state["step"], device) as batches,
+        ):
+            for step, (batch, undecodable) in enumerate(batches, start=state["step"]):
                 fetched = time.monotonic()
                 epoch, last_of_epoch = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
                 lr = schedule(step, steps_per_epoch, config.epochs, peak_lr, config.warmup_epochs)
@@ -99,15 +103,15 @@ def pretrain(
 
                 knn = None
                 if last_of_epoch and knn_is_due(job, epoch):
-                    knn = online_knn.accuracy(network.backbone, job.dataset, job.size, loader.num_workers)
+                    knn = online_knn.accuracy(network.backbone, job.dataset, job.size, workers)
                 counts = {"skipped_steps": state["skipped_steps"]}
                 counts["skipped_images"] = len(state["undecodable"])
                 timed = {"images": images, "seconds": seconds, "wait": fetched - clock}
                 log.add(step, epoch, lr, counts, **measured, **timed, knn=knn)
 
                 if step + 1 == steps or stopping or time.monotonic() - saved > SAVE_SECONDS:
+                    count_time(job, state, time.monotonic() - saved)
                     saved = time.monotonic()
-                    state |= {"seconds": saved - begun, "rows": log.rows, "open_row": log.open_row}
                     save(job, step + 1, network, optimizer, state)
                 if stopping and step + 1 < steps:
                     print(
@@ -147,17 +151,26 @@ class Job(NamedTuple):
     @property
     def batch_norm_images(self) -> int:
         """Images whose statistics BatchNorm takes, in every step but the last of an epoch."""
-        world = distributed.world_size()
-        at_once = self.execution.micro_batch or self.config.batch_size // world
-        return at_once if self.config.batch_norm == "process" else at_once * world
+        alone = self.config.batch_norm == "process"
+        return self.micro_batch * (1 if alone else distributed.world_size())
+
+    @property
+    def micro_batch(self) -> int:
+        """Images of this process that pass through the network at one time."""
+        share = self.config.batch_size // distributed.world_size()
+        return min(self.execution.micro_batch or share, share)
 
     @property
     def machine(self) -> dict[str, Any]:
         """What may change when a run goes on."""
+        gpu = self.device.type == "cuda"
         return {
             "processes": distributed.world_size(),
-            "micro_batch": self.execution.micro_batch,
-            "device": self.device.type,
+            "micro_batch": self.micro_batch,
+            "batch_norm_images": self.batch_norm_images,
+            "device": torch.cuda.get_device_name(self.device) if gpu else "CPU",
+            "precision": "bfloat16 autocast" if self.bfloat16 else "float32",
+            "compile": self.execution.compile,
         }
 
 
@@ -217,7 +230,7 @@ def gradients(job: Job, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]
     """
     temperature, divisor = job.config.temperature, job.config.gradient_divisor
     share = len(batch[0])
-    pieces = math.ceil(share / (job.execution.micro_batch or share))
+    pieces = math.ceil(share / job.micro_batch)
     if pieces == 1:
         z = project(job, model, batch)
         loss = nt_xent(*z, temperature)
@@ -246,8 +259,7 @@ def project(job: Job, model: nn.Module, batch: Batch) -> Tensor:
 
     Both views pass through the network as one batch, so BatchNorm sees them together.
     """
-    views, *parameters = (x.transpose(0, 1).flatten(0, 1) for x in batch)
-    images = views.to(job.device, non_blocking=True)
+    images, *parameters = (x.transpose(0, 1).flatten(0, 1) for x in batch)
     if job.config.pipeline == "device":
         images = augment(images, *parameters)
     with torch.autocast(job.device.type, torch.bfloat16, enabled=job.bfloat16):
@@ -288,7 +300,8 @@ def skip_step(job: Job, state: dict[str, Any], step: int, lr: float, measured: d
             f"{job.folder}, with execution.skip_steps above {job.execution.skip_steps}, which leaves such "
             "steps out"
         )
-    print(f"step {step}: {found} at a learning rate of {lr:.3g}; undone and left out", file=sys.stderr)
+    if distributed.rank() == 0:
+        print(f"step {step}: {found} at a learning rate of {lr:.3g}; undone and left out", file=sys.stderr)
 
 
 def agree(
@@ -321,20 +334,21 @@ def knn_is_due(job: Job, epoch: int) -> bool:
 
 def count_steps(job: Job, images: int) -> int:
     """Return the steps per epoch; raises `BadInput` for a batch that does not fit images and processes."""
-    config, micro_batch, world = job.config, job.execution.micro_batch, distributed.world_size()
+    config, wanted, world = job.config, job.execution.micro_batch, distributed.world_size()
     if images < config.batch_size:
         raise BadInput(
             f"batch_size: expected at most the {images} images of {config.dataset}'s train split, found "
             f"{config.batch_size}; lower batch_size"
         )
-    at_once = world * (micro_batch or 1)
+    micro_batch = job.micro_batch if config.batch_size % world == 0 else 1
+    at_once = world * micro_batch
     if config.batch_size % at_once:
-        pieces = f" × execution.micro_batch {micro_batch}" if micro_batch else ""
+        pieces = f" × execution.micro_batch {micro_batch}" if wanted else ""
         raise BadInput(
             f"batch_size: expected a multiple of the {world} processes{pieces}, found {config.batch_size}; "
-            f"change batch_size or the number of GPUs{' or micro_batch' if micro_batch else ''}"
+            f"change batch_size or the number of GPUs{' or micro_batch' if wanted else ''}"
         )
-    if config.batch_norm == "whole_batch" and micro_batch and at_once < config.batch_size:
+    if config.batch_norm == "whole_batch" and at_once < config.batch_size:
         raise BadInput(
             f"execution.micro_batch: {world} × {micro_batch} images pass at one time, but the recipe wants "
             f"BatchNorm's statistics of all {config.batch_size}; set micro_batch: null and take more GPUs, "
@@ -361,27 +375,41 @@ def save(
             "raise `warmup_epochs`"
         )
     if distributed.rank() == 0:
-        held = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "machine": job.machine}
+        held = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
         rolling.save(job.folder, step, run_of(job.config, job.dataset), state | held)
 
 
 def resume(job: Job, network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Load the newest rolling checkpoint, if there is one; return step, history and what was counted."""
-    state = rolling.newest(job.folder, run_of(job.config, job.dataset), job.device)
+    here = {"from_step": 0, **job.machine}
+    state = rolling.newest(job.folder, run_of(job.config, job.dataset))
     if state is None:
-        counted = {"seconds": 0.0, "images_seen": 0, "skipped_steps": 0, "undecodable": []}
-        return {"step": 0, "rows": [], "open_row": [], **counted}
+        counted = {"seconds": 0.0, "gpu_seconds": 0.0, "images_seen": 0, "skipped_steps": 0}
+        return {"step": 0, "rows": [], "open_row": [], **counted, "undecodable": [], "machines": [here]}
     network.load_state_dict(state.pop("network"))
     optimizer.load_state_dict(state.pop("optimizer"))
-    changed = list(rolling.differences(state.pop("machine"), job.machine))
+    here["from_step"] = state["step"]
+    before = {**state["machines"][-1], "from_step": state["step"]}
+    changed = list(rolling.differences(before, here))
+    if changed:
+        state["machines"].append(here)
     if changed and distributed.rank() == 0:
-        but = "" if job.config.batch_norm == "whole_batch" else ", and in the images BatchNorm takes together"
+        alike = before["batch_norm_images"] == here["batch_norm_images"]
+        effect = "only rounding differs" if alike else "BatchNorm takes other statistics"
+        if before["precision"] != here["precision"]:
+            effect += ", in another precision"
         print(
-            f"going on after step {state['step']} with {'; '.join(changed)}: from here on the result differs "
-            f"in rounding{but}",
+            f"going on after step {state['step']}: {'; '.join(changed)}; from here on {effect}",
             file=sys.stderr,
         )
     return state
+
+
+def count_time(job: Job, state: dict[str, Any], seconds: float) -> None:
+    """Count what was worked since the last state that was saved; what a kill loses is not."""
+    state["seconds"] += seconds
+    if job.device.type == "cuda":
+        state["gpu_seconds"] += seconds * distributed.world_size()
 
 
 # ---------------------------------------------------------------- what a run leaves
@@ -395,7 +423,7 @@ def facts(job: Job, state: dict[str, Any], steps: int) -> dict[str, Any]:
         "skipped_steps": state["skipped_steps"],
         "processes": distributed.world_size(),
         "batch_norm_images": job.batch_norm_images,
-        "precision": "bfloat16 autocast" if job.bfloat16 else "float32",
+        "precision": job.machine["precision"],
     }
 
 
@@ -430,9 +458,10 @@ def record(job: Job, state: dict[str, Any], steps: int, backbone: Path) -> resul
         execution=job.execution.model_dump(mode="json"),
         **facts(job, state, steps),
         skipped_images=state["undecodable"],
+        machines=state["machines"],
         knn=knn[-1] if knn else None,
         seconds=seconds,
-        gpu_hours=distributed.world_size() * seconds / 3600 if job.device.type == "cuda" else 0,
+        gpu_hours=state["gpu_seconds"] / 3600,
         images_per_second=state["images_seen"] / seconds,
         peak_memory_gb=peak_memory_gb(),
         software=results.software(),

@@ -63,6 +63,7 @@ class Pretraining(Closed):
     images_seen: int = Field(description="Over all epochs; those filled up to equal shares included.")
     skipped_steps: int = Field(description="Not finite, undone and left out.")
     skipped_images: list[str] = Field(description="Not decodable, replaced by the next one.")
+    machines: list[dict[str, Any]] = Field(description="On what, from which step on; the last one ended it.")
     processes: int
     batch_norm_images: int = Field(description="Images whose statistics BatchNorm took, but for last steps.")
     precision: str
@@ -98,9 +99,11 @@ def read(path: Path, kind: type[Kind] = Record) -> Kind:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
+        again = (
+            f"run `snakemake {path}`" if kind is Record else "only the page's table of trainings misses it"
+        )
         raise BadInput(
-            f"{path}: not a valid record: {key or 'file'}: {first['msg']}; delete it and run "
-            f"`snakemake {path}`"
+            f"{path}: not a valid record: {key or 'file'}: {first['msg']}; delete it; {again}"
         ) from error
 
 
@@ -156,6 +159,8 @@ def workplace(work: Path, run: dict[str, Any]) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if int(os.environ.get("RANK", 0)) == 0:
+            for left in folder.glob(".*.part"):
+                left.unlink()  # by a process that was killed while it wrote
             with replacing(folder / "run.json") as part:
                 part.write_text(text)
         yield folder

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from simclr import BadInput
+from simclr import BadInput, distributed
 from simclr.results import replacing
 
 KEPT = 2  # the newest, and one to fall back to
@@ -23,26 +23,49 @@ STOPPED = 75  # exit status after SIGTERM or SIGUSR1: saved, start again to go o
 
 
 def save(folder: Path, step: int, run: dict[str, Any], state: dict[str, Any]) -> None:
-    """Write the state of `run` after `step` steps, whole or not at all, and drop all but the newest two."""
-    with replacing(folder / f"checkpoint-{step:09d}.pt") as part:
-        torch.save({**state, "run": run, "step": step}, part)
-    for old in sorted(folder.glob("checkpoint-*.pt"))[:-KEPT]:
-        old.unlink()
+    """Write the state of `run` after `step` steps, whole or not at all, and drop all but the newest two.
 
-
-def newest(folder: Path, run: dict[str, Any], device: torch.device) -> dict[str, Any] | None:
-    """Return the newest state that can be read, with its `step`, or None where there is none yet.
-
-    Falls back to the older one with a warning. Raises `BadInput` when none can be read, and for the state of
-    another run, naming what differs.
+    Those beyond `step` go too: the run went on from before them, because they are broken.
     """
+    path = folder / f"checkpoint-{step:09d}.pt"
+    with replacing(path) as part:
+        torch.save({**state, "run": run, "step": step}, part)
+    checkpoints = sorted(folder.glob("checkpoint-*.pt"))
+    until = checkpoints.index(path) + 1
+    for each in [*checkpoints[: max(until - KEPT, 0)], *checkpoints[until:]]:
+        each.unlink()
+
+
+def newest(folder: Path, run: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the newest state that is whole, on the CPU, with its `step`; None where there is none yet.
+
+    For a broken one it takes the one before, with a warning. Raises `BadInput` when none is whole, for the
+    state of another run, naming what differs, and when the ranks do not find the same.
+    """
+    state = _newest(folder, run)
+    found = torch.tensor([state["step"] if state else 0])
+    steps = torch.cat(distributed.gather(distributed.on_device(found))).tolist()
+    if len(set(steps)) > 1:
+        raise BadInput(
+            f"{folder}: expected one state for all {len(steps)} processes, found those after steps "
+            f"{', '.join(map(str, steps))}; --work must be one folder that all nodes share"
+        )
+    return state
+
+
+def _newest(folder: Path, run: dict[str, Any]) -> dict[str, Any] | None:
     checkpoints = sorted(folder.glob("checkpoint-*.pt"), reverse=True)
     for path in checkpoints:
         try:
-            state = torch.load(path, map_location=device, weights_only=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            reason = (str(error) or "it is empty").splitlines()[0]
-            print(f"{path} cannot be read ({reason}); trying an older one", file=sys.stderr)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise BadInput(
+                f"{path}: cannot be read ({error.strerror}); give the same command again"
+            ) from error
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            if distributed.rank() == 0:
+                reason = (str(error) or "it is empty").splitlines()[0]
+                print(f"{path} is broken ({reason}); going on from the one before", file=sys.stderr)
             continue
         if state["run"] != run:
             raise BadInput(
@@ -51,7 +74,7 @@ def newest(folder: Path, run: dict[str, Any], device: torch.device) -> dict[str,
             )
         return state
     if checkpoints:
-        raise BadInput(f"{folder}: no rolling checkpoint can be read; delete it to start from the beginning")
+        raise BadInput(f"{folder}: no rolling checkpoint is whole; delete it to start from the beginning")
     return None
 
 
@@ -78,9 +101,3 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """Ignore in a loader's worker the signals that a cluster sends to all processes of a job."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,10 @@ from torch.utils.data import DataLoader, default_collate
 from simclr import BadInput, datasets, distributed
 from simclr.config import Execution, Recipe
 from simclr.paths import Unreachable
-from simclr.rolling import leave_signals_to_the_trainer
 from simclr.transforms import read_pixels, two_crops, two_views
 
 CPU_THREADS = torch.get_num_threads()  # of this job, before they are divided
+PIECE = 64  # images that a worker makes at one time
 DECODED_BYTES = 256 * 2**20  # a dataset that is smaller in memory is decoded once
 
 Batch = list[Tensor]  # what a loader gives of n images: `(n, 2, …)` each
@@ -62,7 +64,10 @@ class Views:
         self.decoded = decode_all(paths, self.read, DECODED_BYTES)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Sequence[Tensor], list[int]]:
-        """Return what the pipeline makes of an image, and which images before it could not be decoded."""
+        """Return what the pipeline makes of an image, and which images before it could not be decoded.
+
+        One more than the run bears is replaced too: all ranks then give up together, and none waits for one.
+        """
         epoch, i = key
         undecodable: list[int] = []
         while True:
@@ -73,9 +78,9 @@ class Views:
                 raise
             except BadInput as error:
                 undecodable.append(i)
-                if len(undecodable) > self.bear:
+                if len(undecodable) > self.bear + 1:
                     raise
-                print(f"{error}; replaced by the next image", file=sys.stderr)
+                print(f"{error}; the next image takes its place", file=sys.stderr)
                 i = (i + 1) % len(self.paths)
 
 
@@ -98,31 +103,76 @@ def decode_all(paths: Sequence[Path], read: Callable[[Path], Any], limit: int) -
     return images
 
 
-def load(
+@contextmanager
+def batches(
     config: Recipe,
     execution: Execution,
     paths: Sequence[Path],
     steps_per_epoch: int,
     first_step: int,
     device: torch.device,
-) -> DataLoader:
-    """Return a loader of this process's images, one item per step to the end.
+) -> Iterator[Iterator[tuple[Batch, list[int]]]]:
+    """Yield this process's batches, one per step to the end: images on `device`, and which had no image.
 
-    An item is a batch, as the recipe's pipeline makes it, and the images that could not be decoded.
+    Workers make a batch together, in pieces, so that what they hold does not grow with it.
     """
-    return DataLoader(
+    steps = partial(keys, config, len(paths), steps_per_epoch, first_step)
+    loader = DataLoader(
         Views(config, execution, paths),
-        batch_sampler=keys(config, len(paths), steps_per_epoch, first_step),
-        num_workers=divide_cores(device),
-        pin_memory=device.type == "cuda",
+        batch_sampler=(piece for step in steps() for piece in _pieces(step)),
         collate_fn=_collate,
-        worker_init_fn=leave_signals_to_the_trainer,
+        pin_memory=device.type == "cuda",
+        **workers(divide_cores(device)),
     )
+    with ending(loader) as pieces:
+        yield (_joined([next(pieces) for _ in _pieces(step)], device) for step in steps())
+
+
+def _pieces(step: list[Any]) -> list[list[Any]]:
+    return [step[i : i + PIECE] for i in range(0, len(step), PIECE)]
 
 
 def _collate(items: list[tuple[Sequence[Tensor], list[int]]]) -> tuple[Batch, list[int]]:
     made, undecodable = zip(*items, strict=True)
     return default_collate(list(map(list, made))), [i for each in undecodable for i in each]
+
+
+def _joined(pieces: list[tuple[Batch, list[int]]], device: torch.device) -> tuple[Batch, list[int]]:
+    """Return one batch; its first tensor, the images, on `device`, the parameters where they are."""
+    made, undecodable = zip(*pieces, strict=True)
+    images, *parameters = zip(*made, strict=True)
+    images = torch.cat([each.to(device, non_blocking=True) for each in images])
+    return [images, *map(torch.cat, parameters)], [i for each in undecodable for i in each]
+
+
+def workers(number: int) -> dict[str, Any]:
+    """Return what makes a loader's workers: forked, to share what is in memory, and deaf to signals.
+
+    A cluster signals all processes of a job; the trainer decides what is done about it.
+    """
+    context = "fork" if number else None
+    return {"num_workers": number, "multiprocessing_context": context, "worker_init_fn": _ignore_signals}
+
+
+def _ignore_signals(worker: int) -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def ending(loader: DataLoader) -> Iterator[Iterator[Any]]:
+    """Yield an iterator over `loader`, whose workers have ended when the block has, whatever ended it.
+
+    At the interpreter's end multiprocessing would send them SIGTERM, which they ignore, and wait for ever.
+    """
+    iterator = iter(loader)
+    try:
+        yield iterator
+    finally:
+        if loader.num_workers:
+            iterator._shutdown_workers()
+            for worker in iterator._workers:
+                worker.kill()
 
 
 def divide_cores(device: torch.device) -> int:

@@ -6,6 +6,7 @@ import csv
 import math
 import resource
 import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from simclr import distributed
 from simclr.results import replacing
 
 ROWS = 1000  # of pretrain.csv, at most (and one more)
+SHOW_SECONDS = 10  # between two lines where there is no terminal
 Row = dict[str, float | None]
 
 
@@ -30,11 +32,13 @@ class Log:
     def __init__(self, folder: Path, rows: list[Row], open_row: list[Row], steps: int):
         self.rows, self.open_row, self.steps = rows, open_row, steps
         self.steps_per_row = math.ceil(steps / ROWS)
+        self.shown = -math.inf
         self.board = self.bar = None
         if distributed.rank() == 0:
-            first = rows[-1]["step"] + 1 if rows else 0
-            self.board = SummaryWriter(folder / "tensorboard", purge_step=int(first))
-            self.bar = tqdm(total=steps, initial=int(first), unit="step", disable=not sys.stderr.isatty())
+            first = int(rows[-1]["step"]) if rows else 0
+            self.board = SummaryWriter(folder / "tensorboard", purge_step=first + 1)
+            done, hidden = first + len(open_row), not sys.stderr.isatty()
+            self.bar = tqdm(total=steps, initial=done, unit="step", disable=hidden)
 
     def add(self, step: int, epoch: int, lr: float, counts: dict[str, int], **values: float | None) -> None:
         """Take note of step `step`, from 0.
@@ -43,12 +47,22 @@ class Log:
         mean over the steps of a row; None was not measured. `counts` are of all steps so far.
         """
         self.open_row.append(values)
-        if (step + 1) % self.steps_per_row and step + 1 < self.steps:
-            return
+        row = self._row(step, epoch, lr, counts)
+        if distributed.rank() == 0:
+            self._show(row)
+        if (step + 1) % self.steps_per_row == 0 or step + 1 == self.steps:
+            self.rows.append(row)
+            self.open_row.clear()
+            if distributed.rank() == 0:
+                self._write(row)
+
+    def _row(self, step: int, epoch: int, lr: float, counts: dict[str, int]) -> Row:
+        """Return the row of the steps since the last one."""
+        values = self.open_row[0]
         columns = {key: [row[key] for row in self.open_row if row[key] is not None] for key in values}
         images, seconds, wait = (sum(columns.pop(key)) for key in ("images", "seconds", "wait"))
         knn = columns.pop("knn")
-        row = {
+        return {
             "step": step + 1,
             "epoch": epoch + 1,
             "lr": lr,
@@ -59,22 +73,23 @@ class Log:
             "memory_gb": peak_memory_gb(),
             **counts,
         }
-        self.rows.append(row)
-        self.open_row.clear()
-        if distributed.rank() == 0:
-            self._show(row, seconds / self.steps_per_row)
 
-    def _show(self, row: Row, seconds_per_step: float) -> None:
+    def _write(self, row: Row) -> None:
         for key in row.keys() - {"step", "epoch"}:
             if row[key] is not None:
                 self.board.add_scalar(key, row[key], row["step"])
-        text = said(row)
-        if self.bar.disable:
-            left = timedelta(seconds=round((self.steps - row["step"]) * seconds_per_step))
-            print(f"step {row['step']} of {self.steps} {text}, {left} left", flush=True)
-        else:
-            self.bar.set_postfix_str(text, refresh=False)
+
+    def _show(self, row: Row) -> None:
+        """Show how far the training is: a bar on a terminal, else a line now and then."""
+        if not self.bar.disable:
+            self.bar.set_postfix_str(said(row), refresh=False)
             self.bar.update(row["step"] - self.bar.n)
+        elif time.monotonic() - self.shown > SHOW_SECONDS or row["step"] == self.steps:
+            self.shown = time.monotonic()
+            images_per_step = sum(step["images"] for step in self.open_row) / len(self.open_row)
+            seconds = (self.steps - row["step"]) * images_per_step / row["images_per_second"]
+            left = timedelta(seconds=round(seconds))
+            print(f"step {row['step']} of {self.steps} {said(row)}, {left} left", flush=True)
 
     def __enter__(self) -> Log:
         return self

@@ -319,3 +319,16 @@ def test_what_no_view_needs_is_not_computed(monkeypatch):
         monkeypatch.setattr(module, name, fail)
     views = _draws(8, jitter=0, grayscale=0, blur=0)
     assert augment(_crops(8), parameters(*views)).isfinite().all()
+
+
+def test_grey_views_of_which_only_some_are_blurred(tmp_path):
+    """All rows of a chunk are grey, so that none is copied; the blur then writes into them."""
+    from simclr.augment import augment
+    from simclr.transforms import View, parameters
+
+    crops = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    views = [View((0, 0, 32, 32), grayscale=True, sigma=sigma) for sigma in (0.0, 1.5, 0.0)]
+    together = augment(crops, parameters(*views))
+    for i, view in enumerate(views):
+        alone = augment(crops[i : i + 1], parameters(view))
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 rule pretrain:
     """Pretrain with SimCLR. What a kill must not lose lies in the work folder; the output is only ever whole.
 
+    Beside the outputs it writes pretrain.json, which the page shows; a backbone without one is not trained again.
     How a machine runs it must not decide whether it is stale: the number of GPUs is a resource, and the model's
     `execution:` block a param that depends on one, which Snakemake does not compare.
     """
@@ -10,7 +11,6 @@ rule pretrain:
         dataset=ancient("<results>/datasets/imagenet.json"),
     output:
         backbone="<results>/{model}/backbone.safetensors",
-        record="<results>/{model}/pretrain.json",
         loss="<results>/{model}/pretrain.csv",
         picture="<results>/{model}/pretrain.png",
     log:
@@ -39,7 +39,8 @@ rule pretrain:
             "TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 "
             f"torchrun --standalone --nproc-per-node={resources.gpu}"
             if resources.gpu > 1
-            else "python"
+            # Without GPUs all is on the CPU, also where there are some.
+            else "python" if resources.gpu else "CUDA_VISIBLE_DEVICES= python"
         ),
     shell:
         "{params.python} -m simclr pretrain --dataset {input.dataset} --config {params.config:q}"
