@@ -2,16 +2,18 @@
 
 Protocol: MMSelfSup v0.11.0, tools/benchmarks/classification/knn_imagenet/test_knn.py and
 mmselfsup/models/utils/knn_classifier.py: average-pooled features, cosine similarity, a neighbour of
-similarity s votes exp(s / temperature) for its class. Exact, over the whole training set.
+similarity s votes exp(s / temperature) for its class. Exact, over the whole training set, in float32 as
+published; votes are summed in float64. Training images of equal similarity are ranked by their index, classes
+of equal votes by their number.
 
 One deviation: features are stored as float16 by default (`features.imagenet.dtype`), where the published
-ones are float32; the products are float32. The effect has not been measured at ImageNet scale.
+ones are float32; the products are float32 (tests/speed/float16.py measures what that changes).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from pydantic import Field, PositiveInt
 
@@ -20,7 +22,9 @@ from simclr.protocol import Column, Metrics, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import Tensor
+    from tqdm import tqdm
 
     from simclr.features import Features
 
@@ -35,10 +39,14 @@ COLUMNS = {
 
 LAYER = "avgpool"
 
-# Rows of one matrix product, and test rows held at a time. They bound the memory (2 GB at most for 2,048
-# features), whatever the number of images. Every product has the same shape, the last ones padded with
-# zeros, so that equal training images get equal similarities wherever they stand.
-TRAIN_ROWS, TEST_ROWS, TEST_ROWS_HELD = 16_384, 1_024, 65_536
+# Images of one matrix product, training by test: large enough for the full speed of the processor or GPU.
+TRAIN_ROWS, TEST_ROWS = 16_384, 2_048
+
+# Bytes that a search may take, on the CPU or the GPU, whatever the number of images.
+MEMORY = 6_000_000_000
+
+# Similarities that are looked at together, by their highest.
+GROUP = 32
 
 
 class Config(Protocol):
@@ -57,22 +65,23 @@ class Config(Protocol):
 def evaluate(train: Features, test: Features, config: Config) -> Metrics:
     """Return top-1 (`k10`, …) and top-5 accuracy (`k10_top5`, …) in percent for every k.
 
-    Training images of equal similarity are ranked by their index, classes of equal votes by their number.
-    Raises `BadInput` for a k beyond the training set, or a test label that no training image has.
+    Raises `BadInput` for a k beyond the training set, labels that do not fit, and features that were not
+    made in one way or are of one split.
     """
     import numpy as np
 
     from simclr.metrics import label_rank
 
     _check(train, test, config)
-    classes = int(np.max(train.labels)) + 1
+    train_labels, classes = np.asarray(train.labels), int(np.max(train.labels)) + 1
     ranks = {k: [] for k in config.neighbours}
+    found = nearest(train.layers[LAYER], test.layers[LAYER], max(config.neighbours), progress=True)
     rows = 0
-    for similarity, index in nearest(train.layers[LAYER], test.layers[LAYER], max(config.neighbours)):
+    for similarity, index in found:
         labels = np.asarray(test.labels[rows : rows + len(index)])
         rows += len(index)
         for k in config.neighbours:
-            votes = vote(similarity[:, :k], train.labels[index[:, :k]], classes, config.temperature)
+            votes = vote(similarity[:, :k], train_labels[index[:, :k]], classes, config.temperature)
             ranks[k].append(label_rank(votes, labels))
     metrics = Metrics()
     for k, parts in ranks.items():
@@ -80,6 +89,36 @@ def evaluate(train: Features, test: Features, config: Config) -> Metrics:
         metrics[f"k{k}"] = 100 * float((rank < 1).mean())
         metrics[f"k{k}_top5"] = 100 * float((rank < 5).mean())
     return metrics
+
+
+def classify(train: Tensor, labels: Tensor, test: Tensor, k: int, temperature: float = 0.07) -> Tensor:
+    """Return the class `(M,)` int64, on the CPU, that the k nearest of `train` `(N, D)` give `test` `(M, D)`.
+
+    `labels` `(N,)` are those of `train`, on whose device the search runs. Raises `BadInput` for a k beyond
+    the training set.
+    """
+    import torch
+
+    if not 0 < k <= len(train):
+        raise BadInput(f"k: expected 1 to {len(train)} neighbours, as many as training images; found {k}")
+    labels = labels.cpu().numpy()
+    classes = int(labels.max()) + 1
+    votes = (vote(s, labels[index], classes, temperature) for s, index in nearest(train, test, k))
+    return torch.cat([torch.from_numpy(part.argmax(axis=1)) for part in votes])
+
+
+def vote(similarity: np.ndarray, labels: np.ndarray, classes: int, temperature: float) -> np.ndarray:
+    """Return the votes `(m, classes)` of neighbours with `similarity` and `labels` `(m, k)`, k ≥ 1.
+
+    They are exp(similarity / temperature) over that of the nearest, which keeps them finite.
+    """
+    import numpy as np
+    import torch
+
+    similarity = similarity.astype(np.float64)
+    weights = np.exp((similarity - similarity.max(axis=1, keepdims=True)) / temperature)
+    votes = torch.zeros(len(labels), classes, dtype=torch.float64)
+    return votes.scatter_add_(1, torch.from_numpy(labels.astype(np.int64)), torch.from_numpy(weights)).numpy()
 
 
 def _check(train: Features, test: Features, config: Config) -> None:
@@ -90,9 +129,12 @@ def _check(train: Features, test: Features, config: Config) -> None:
             raise BadInput(f"{split} features have no {LAYER}, only {', '.join(features.layers)}")
         if features.labels.ndim != 1 or len(features.labels) == 0:
             raise BadInput(f"{split} labels: expected one class per image; found {features.labels.shape}")
-    widths = [features.layers[LAYER].shape[1] for features in (train, test)]
-    if widths[0] != widths[1]:
-        raise BadInput(f"{LAYER}: train features are {widths[0]} wide, test features {widths[1]}")
+        if features.labels.dtype.kind not in "iu" or np.min(features.labels) < 0:
+            raise BadInput(
+                f"{split} labels: expected class numbers from 0; found {features.labels.dtype} from "
+                f"{np.min(features.labels)}; extract the features again"
+            )
+    _check_made_alike(train, test)
     images = len(train.labels)
     if max(config.neighbours) > images:
         raise BadInput(
@@ -106,77 +148,208 @@ def _check(train: Features, test: Features, config: Config) -> None:
         )
 
 
+def _check_made_alike(train: Features, test: Features) -> None:
+    """Raise `BadInput` unless, as far as their manifests tell, two splits were made in one way."""
+    widths = [features.layers[LAYER].shape[1] for features in (train, test)]
+    if widths[0] != widths[1]:
+        raise BadInput(f"{LAYER}: train features are {widths[0]} wide, test features {widths[1]}")
+    for key in ("transform", "dtype"):
+        train_has, test_has = train.manifest.get(key), test.manifest.get(key)
+        if train_has != test_has:
+            raise BadInput(
+                f"train and test features must have one {key}, but --train has {train_has} and --test has "
+                f"{test_has}; extract one of them again"
+            )
+    split = train.manifest.get("split")
+    if split is not None and split == test.manifest.get("split"):
+        raise BadInput(f"train and test are both features of the split {split}; each would find itself")
+
+
+# ---------------------------------------------------------------- the search
+
+
+class Tiling(NamedTuple):
+    """How a search is cut: the images of one product, and the test images held while `train` is read."""
+
+    train_rows: int
+    test_rows: int
+    held_rows: int
+
+
+def tiling(train_images: int, test_images: int, width: int, k: int, memory: int = MEMORY) -> Tiling:
+    """Return the tiling of a search whose `footprint` is at most `memory` bytes.
+
+    Half of them hold test images, so that `train` is read as seldom as can be; a quarter each is for a block
+    of training images and for a tile of similarities.
+    """
+    train_rows = balanced(train_images, min(TRAIN_ROWS, memory // 4 // _of_a_training_image(width)), GROUP)
+    test_rows = balanced(test_images, min(TEST_ROWS, memory // 4 // _of_a_row(train_rows, k)))
+    held_rows = balanced(test_images, memory // 2 // _of_a_test_image(width, k))
+    return Tiling(train_rows, min(test_rows, held_rows), held_rows)
+
+
+def footprint(tiles: Tiling, width: int, k: int) -> int:
+    """Return the bytes that a search of features of `width` numbers takes at its highest."""
+    return (
+        tiles.train_rows * _of_a_training_image(width)
+        + tiles.test_rows * _of_a_row(tiles.train_rows, k)
+        + tiles.held_rows * _of_a_test_image(width, k)
+    )
+
+
+def _of_a_training_image(width: int) -> int:
+    """Return the bytes of its features, as read and in float32."""
+    return (4 + 4) * width
+
+
+def _of_a_row(train_rows: int, k: int) -> int:
+    """Return the bytes of a tile's row of similarities: themselves, a copy, and both sorted with indices."""
+    return 32 * train_rows + 40 * k
+
+
+def _of_a_test_image(width: int, k: int) -> int:
+    """Return the bytes of its features in float32, and of similarity and index of its neighbours, twice."""
+    return 4 * width + 2 * (4 + 8) * k
+
+
+def balanced(rows: int, most: int, multiple: int = 1) -> int:
+    """Return the size, at most `most` but at least `multiple`, of equal parts of `rows`; a `multiple`."""
+    most = max(most // multiple, 1) * multiple
+    parts = -(-rows // most)
+    return -(-rows // (parts * multiple)) * multiple
+
+
 def nearest(
-    train: np.ndarray,
-    test: np.ndarray,
+    train: np.ndarray | Tensor,
+    test: np.ndarray | Tensor,
     k: int,
-    train_rows: int = TRAIN_ROWS,
-    test_rows: int = TEST_ROWS,
-    test_rows_held: int = TEST_ROWS_HELD,
+    tiles: Tiling | None = None,
+    progress: bool = False,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield, for successive blocks of `test` `(M, D)`, the cosine similarities and the indices `(m, k)` of
-    the k most similar rows of `train` `(N, D)`, the most similar first, then the lower index.
+    """Yield, for successive blocks of `test` `(M, D)`, the cosine similarities (float32) and the indices
+    (int64) `(m, k)` of the k ≤ N most similar rows of `train` `(N, D)`: the most similar first, then the
+    lower index.
 
-    `train` is read once per `test_rows_held` test rows; nothing of size (M, N) is made.
+    Arrays, memory-mapped or not, are searched on the GPU where there is one, tensors where they are.
+    `train` is read once per `tiles.held_rows` test images; nothing of size (M, N) is made.
     """
-    for start in range(0, len(test), test_rows_held):
-        held = test[start : start + test_rows_held]
-        queries = list(_blocks(held, test_rows))
-        best = [None] * len(queries)
-        for first, count, bank in _blocks(train, train_rows):
-            for number, (_, _, query) in enumerate(queries):
-                values, columns = top((query @ bank.T)[:, :count], k)
-                best[number] = merge(best[number], (values, columns + first), k)
-        for (_, count, _), (similarity, index) in zip(queries, best, strict=True):
-            yield similarity[:count].cpu().numpy(), index[:count].cpu().numpy()
+    import torch
+    from tqdm import tqdm
+
+    device = train.device if isinstance(train, torch.Tensor) else _device()
+    tiles = tiles or tiling(len(train), *test.shape, k)
+    bar = tqdm(
+        total=len(train) * len(test),
+        unit=" pairs",
+        unit_scale=True,
+        mininterval=1,
+        disable=not progress,
+    )
+    with bar:
+        for first in range(0, len(test), tiles.held_rows):
+            held = test[first : first + tiles.held_rows]
+            queries = torch.empty(held.shape, device=device)
+            for part in _slices(len(held), tiles.train_rows):
+                _load(held[part], queries[part])
+            values, index = _search(train, queries, k, tiles, bar)
+            for part in _slices(len(held), tiles.test_rows):
+                ranked, order = values[part].sort(dim=1, descending=True, stable=True)
+                yield ranked.cpu().numpy(), index[part].gather(1, order).cpu().numpy()
 
 
-def _blocks(rows: np.ndarray, size: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Yield the first row, the number of rows, and the rows at unit length in float32, padded to `size`."""
-    import numpy as np
+def _device() -> torch.device:
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    for first in range(0, len(rows), size):
-        part = rows[first : first + size]
-        block = np.zeros((size, rows.shape[1]), dtype=np.float32)
-        block[: len(part)] = part
-        yield first, len(part), torch.nn.functional.normalize(torch.from_numpy(block).to(device), dim=1)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def top(similarity: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return the k highest of each row of `similarity` `(m, n)`, and their columns; ties: the lower column.
-
-    `topk` leaves open which of several equal columns it takes: rows in which that matters are sorted.
-    """
-    k = min(k, similarity.shape[1])
-    values, columns = similarity.topk(k, dim=1)
-    open_rows = ((similarity >= values[:, -1:]).sum(dim=1) > k).nonzero().flatten()
-    if len(open_rows):
-        ranked = similarity[open_rows].sort(dim=1, descending=True, stable=True)
-        values[open_rows], columns[open_rows] = ranked.values[:, :k], ranked.indices[:, :k]
-    columns, order = columns.sort(dim=1)
-    values, again = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    return values, columns.gather(1, again)
+def _slices(rows: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def merge(
-    before: tuple[Tensor, Tensor] | None, after: tuple[Tensor, Tensor], k: int
+def _search(
+    train: np.ndarray | Tensor, queries: Tensor, k: int, tiles: Tiling, bar: tqdm
 ) -> tuple[Tensor, Tensor]:
-    """Return the k best of two ranked lists; the indices of `before` are all lower than those of `after`."""
+    """Return similarity and index `(m, k)` of the k nearest of `train` to `queries` `(m, D)`, by index."""
     import torch
 
-    if before is None:
-        return after
-    values, order = torch.cat([before[0], after[0]], dim=1).sort(dim=1, descending=True, stable=True)
-    return values[:, :k], torch.cat([before[1], after[1]], dim=1).gather(1, order[:, :k])
+    values = queries.new_full((len(queries), k), -torch.inf)
+    index = torch.full((len(queries), k), -1, device=queries.device)
+    block = queries.new_empty(tiles.train_rows, queries.shape[1])
+    product = queries.new_empty(tiles.test_rows, tiles.train_rows)
+    for images in _slices(len(train), tiles.train_rows):
+        count = images.stop - images.start
+        _load(train[images], block)
+        for part in _slices(len(queries), tiles.test_rows):
+            similarity = torch.mm(queries[part], block.T, out=product[: part.stop - part.start])
+            similarity[:, count:] = -torch.inf  # what pads the last block is no image
+            _offer(values[part], index[part], similarity, images.start)
+            bar.update(len(similarity) * count)
+    return values, index
 
 
-def vote(similarity: np.ndarray, labels: np.ndarray, classes: int, temperature: float) -> np.ndarray:
-    """Return the votes `(m, classes)` of neighbours with `similarity` and `labels` `(m, k)`."""
+def _load(rows: np.ndarray | Tensor, block: Tensor) -> None:
+    """Write `rows` into `block`, at unit length in float32; zeros follow the last one.
+
+    All products with a block have one shape, so that equal training images get equal similarities wherever
+    they stand.
+    """
     import numpy as np
     import torch
 
-    weights = torch.from_numpy(np.exp(similarity.astype(np.float64) / temperature))
-    votes = torch.zeros(len(labels), classes, dtype=torch.float64)
-    return votes.scatter_add_(1, torch.from_numpy(labels.astype(np.int64)), weights).numpy()
+    if not isinstance(rows, torch.Tensor):
+        rows = torch.from_numpy(np.array(rows)).to(block.device)
+    block[: len(rows)] = rows
+    block[len(rows) :] = 0
+    block /= torch.linalg.vector_norm(block, dim=1, keepdim=True).clamp_min(1e-12)
+
+
+def _offer(values: Tensor, index: Tensor, similarity: Tensor, start: int) -> None:
+    """Let the columns of `similarity` `(m, n)`, images `start` …, compete for the k best `(m, k)`, in place.
+
+    The k best are kept in the order of `index`, all of which are below `start`, so the first of equal ones is
+    that of the lowest index.
+    """
+    import torch
+
+    k = values.shape[1]
+    candidates, columns = _candidates(similarity, values.amin(dim=1, keepdim=True), k)
+    best, chosen = first_highest(torch.cat([values, candidates], dim=1), k)
+    index[:] = torch.cat([index, columns + start], dim=1).gather(1, chosen)
+    values[:] = best
+
+
+def _candidates(similarity: Tensor, lowest: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return what is above `lowest` `(m, 1)` and among the k highest of its row in `similarity` `(m, n)`, and
+    more, with its columns and in their order.
+
+    Once most images have been seen, few are near: of each row those groups of columns are taken whose highest
+    is above `lowest`, or the next best, as many as the row with most of them has.
+    """
+    import torch
+
+    groups = similarity.unflatten(1, (-1, GROUP))
+    peaks = groups.amax(dim=2)
+    hot = int((peaks > lowest).sum(dim=1).max())
+    if 3 * hot > peaks.shape[1]:
+        return first_highest(similarity, k)
+    chosen = peaks.topk(hot, dim=1).indices.sort(dim=1).values[:, :, None]
+    columns = chosen * GROUP + torch.arange(GROUP, device=similarity.device)
+    return groups.gather(1, chosen.expand(-1, -1, GROUP)).flatten(1), columns.flatten(1)
+
+
+def first_highest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the k highest of each row of `values` `(m, n)` and their columns, in the order of the columns.
+
+    They are all n where k ≥ n. Of equal values the first ones are taken; `topk` leaves that open, so rows in
+    which it matters are sorted.
+    """
+    highest, columns = values.topk(min(k + 1, values.shape[1]), dim=1)
+    if values.shape[1] > k:
+        open_rows = (highest[:, k - 1] == highest[:, k]).nonzero().flatten()
+        columns = columns[:, :k]
+        if len(open_rows):
+            ranked = values[open_rows].sort(dim=1, descending=True, stable=True)
+            columns[open_rows] = ranked.indices[:, :k]
+    columns = columns.sort(dim=1).values
+    return values.gather(1, columns), columns

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import torch
 
 from simclr import BadInput
 from simclr.benchmarks import imagenet_knn
-from simclr.benchmarks.imagenet_knn import Config, evaluate, nearest
+from simclr.benchmarks.imagenet_knn import (
+    TEST_ROWS,
+    TRAIN_ROWS,
+    Config,
+    Tiling,
+    classify,
+    evaluate,
+    footprint,
+    nearest,
+    tiling,
+)
 from simclr.features import Features
 
 
@@ -53,24 +66,141 @@ def test_ties_go_to_the_lower_index_and_the_lower_class():
     # Images 1, 2 and 4 are equally similar; two neighbours: 1 and 2, of classes 3 and 2, equal votes: 2.
     train = features([[0, 1], [1, 0], [2, 0], [-1, 0], [3, 0]], [0, 3, 2, 1, 2])
     test = features([[1, 0]] * 2, [2, 3])
-    similarity, index = next(nearest(train.layers["avgpool"], test.layers["avgpool"], 2))
+    similarity, index = joined(nearest(train.layers["avgpool"], test.layers["avgpool"], 2))
     assert index.tolist() == [[1, 2]] * 2
     assert similarity.tolist() == [[1, 1]] * 2
     assert evaluate(train, test, Config(neighbours=[2]))["k2"] == 50
     assert evaluate(train, test, Config(neighbours=[1]))["k1"] == 50
 
 
-@pytest.mark.parametrize("blocks", [(1, 1, 1), (7, 4, 8), (16, 25, 25), (64, 3, 4096)])
-def test_equal_images_tie_whatever_the_blocks(blocks):
+def sorted_in_full(train, test, k):
+    """Similarity and index of the k nearest: every pair, then one sort by similarity and index."""
+    bank = train / np.linalg.norm(train, axis=1, keepdims=True)
+    similarity = (test / np.linalg.norm(test, axis=1, keepdims=True)) @ bank.T
+    index = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(similarity, index, axis=1), index
+
+
+def joined(found):
+    similarity, index = zip(*found, strict=True)
+    return np.concatenate(similarity), np.concatenate(index)
+
+
+@pytest.mark.parametrize("tiles", [(4, 1, 1), (8, 4, 8), (28, 25, 25), (52, 3, 7), (1000, 40, 40)])
+@pytest.mark.parametrize("k", [1, 12, 50])
+def test_equal_images_tie_whatever_the_tiles(monkeypatch, tiles, k):
+    monkeypatch.setattr(imagenet_knn, "GROUP", 4)
     random = np.random.default_rng(3)
     distinct = random.normal(size=(10, 33)).astype(np.float32)
     train, test = np.tile(distinct, (5, 1)), random.normal(size=(25, 33)).astype(np.float32)
-    names = ("train_rows", "test_rows", "test_rows_held")
-    found = np.concatenate([i for _, i in nearest(train, test, 12, **dict(zip(names, blocks, strict=True)))])
+    _, found = joined(nearest(train, test, k, Tiling(*tiles)))
     ranked = np.argsort(-(test @ (distinct / np.linalg.norm(distinct, axis=1, keepdims=True)).T), axis=1)
     copies = np.arange(0, 50, 10)
-    expected = np.concatenate([ranked[:, [i]] + copies for i in range(3)], axis=1)[:, :12]
+    expected = np.concatenate([ranked[:, [i]] + copies for i in range(10)], axis=1)[:, :k]
     np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("order", ["shuffled", "near last", "by class"])
+@pytest.mark.parametrize("tiles", [(128, 16, 16), (640, 7, 23), (2048, 40, 40)])
+def test_few_groups_of_many_images_are_looked_at(tiles, order):
+    """Similarities are exact, multiples of 1/8, with many ties; a block may hold no or only near images."""
+    random = np.random.default_rng(0)
+    train = 1.0 - 2.0 * random.integers(2, size=(2000, 16))
+    test = 1.0 - 2.0 * random.integers(2, size=(40, 16))
+    if order == "near last":
+        train = train[np.argsort(train @ test[0], kind="stable")]
+    elif order == "by class":
+        train = train[np.lexsort(train.T)]
+    found = joined(nearest(train.astype(np.float16), test.astype(np.float16), 30, Tiling(*tiles)))
+    similarity, index = sorted_in_full(train, test, 30)
+    np.testing.assert_array_equal(found[1], index)
+    np.testing.assert_array_equal(found[0], similarity)
+
+
+def test_equal_images_have_equal_similarities_at_full_width():
+    """The columns at the edge of a product are computed like all others."""
+    random = np.random.default_rng(0)
+    one, test = random.random((1, 2048), np.float32), random.random((3, 2048), np.float32)
+    train = np.tile(one, (1000, 1))
+    similarity, index = joined(nearest(train, test, 1000, Tiling(352, 2, 3)))
+    assert (index == np.arange(1000)).all()
+    assert (similarity == similarity[:, :1]).all()
+
+
+def test_the_footprint_is_within_the_memory():
+    """The sizes of ImageNet, and sizes that fit in no other way than in parts."""
+    for sizes in [(1_281_167, 50_000, 2048, 200), (1_281_167, 10**7, 2048, 200), (10**7, 50_000, 9216, 1000)]:
+        tiles = tiling(*sizes)
+        assert footprint(tiles, *sizes[2:]) <= imagenet_knn.MEMORY <= 8e9
+        assert tiles.train_rows <= TRAIN_ROWS
+        assert tiles.test_rows <= TEST_ROWS
+    assert tiling(1_281_167, 50_000, 2048, 200).held_rows == 50_000  # the training set is read once
+    for memory in (10**7, 10**8, 10**9):
+        assert footprint(tiling(10**6, 10**6, 512, 100, memory), 512, 100) <= memory
+
+
+def test_a_search_takes_the_memory_of_its_footprint():
+    """In a process of its own, for a peak never falls. All similarities at once would take 800 MB."""
+    script = """
+import resource, numpy as np, torch
+from simclr.benchmarks.imagenet_knn import nearest, tiling
+torch.set_num_threads(1)
+random = np.random.default_rng(0)
+train, test = (random.standard_normal((n, 16), np.float32).astype(np.float16) for n in (50_000, 4_000))
+next(nearest(train[:64], test[:64], 8))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in nearest(train, test, 50, tiling(50_000, 4_000, 16, 50, 50_000_000)):
+    pass
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= 50_000_000
+
+
+@pytest.mark.parametrize("rows", [1, 2, 63, 64, 65, 99, 2049])
+def test_any_number_of_test_images(rows):
+    random = np.random.default_rng(rows)
+    train, test = random.normal(size=(100, 5)), random.normal(size=(rows, 5))
+    similarity, index = joined(nearest(train.astype(np.float32), test.astype(np.float32), 100))
+    expected = sorted_in_full(train, test, 100)
+    assert index.shape == (rows, 100)
+    np.testing.assert_allclose(similarity, expected[0], atol=1e-6)
+    np.testing.assert_array_equal(np.sort(index, axis=1), np.tile(np.arange(100), (rows, 1)))
+
+
+@pytest.mark.parametrize(("k", "expected"), [(1, [[1], [0]]), (3, [[0, 1, 2], [0, 2, 3]])])
+def test_the_first_of_equal_values_are_taken(k, expected):
+    values = torch.tensor([[2.0, 3, 2, 2, 1], [5, 4, 5, 5, 5]])
+    highest, columns = imagenet_knn.first_highest(values, k)
+    assert columns.tolist() == expected
+    assert highest.tolist() == [[values[row, c].item() for c in each] for row, each in enumerate(expected)]
+
+
+# ---------------------------------------------------------------- votes
+
+
+@pytest.mark.parametrize("k", [1, 7, 60])
+def test_classify_is_the_vote_of_the_loop(k):
+    train, test = gaussian(2)
+    predicted = classify(
+        *map(torch.from_numpy, (train.layers["avgpool"], train.labels)),
+        torch.from_numpy(test.layers["avgpool"]),
+        k,
+    )
+    assert predicted.dtype == torch.int64
+    right = float((predicted.numpy() == test.labels).mean())
+    assert 100 * right == pytest.approx(slow(train, test, k, 1, 0.07))
+    with pytest.raises(BadInput, match="expected 1 to 60 neighbours, as many as training images; found 61"):
+        classify(
+            *map(torch.from_numpy, (train.layers["avgpool"], train.labels)),
+            torch.from_numpy(test.layers["avgpool"]),
+            61,
+        )
+
+
+def test_votes_at_a_low_temperature_are_finite():
+    votes = imagenet_knn.vote(np.float32([[1, 0.5]]), np.array([[2, 0]]), 3, 1e-4)
+    assert votes.tolist() == [[0, 0, 1]]
 
 
 def test_one_test_image_and_a_padded_bank_of_negative_similarities():
@@ -80,7 +210,7 @@ def test_one_test_image_and_a_padded_bank_of_negative_similarities():
     assert evaluate(train, test, Config(neighbours=[3]))["k3_top5"] == 100
 
 
-def test_half_precision_features_are_compared_in_single(monkeypatch):
+def test_half_precision_features_are_compared_in_single():
     train, test = gaussian(1)
     halves = [Features({"avgpool": f.layers["avgpool"].astype(np.float16)}, f.labels) for f in (train, test)]
     assert evaluate(*halves, Config(neighbours=[5]))["k5"] == pytest.approx(slow(*halves, 5, 1, 0.07))
@@ -108,3 +238,28 @@ def test_bad_input_is_refused():
         features([[1, 2], [np.nan, 1]], [0, 1])
     with pytest.raises(BadInput, match="expected one row for each of 3 labels"):
         features([[1, 2], [3, 1]], [0, 1, 2])
+    with pytest.raises(BadInput, match="train labels: expected class numbers from 0; found int64 from -1"):
+        evaluate(features(np.ones((2, 6)), [-1, 1]), test, Config(neighbours=[1]))
+    with pytest.raises(BadInput, match="test labels: expected class numbers from 0; found float64"):
+        evaluate(train, features(np.ones((2, 6)), [0.0, 1.0]), Config(neighbours=[1]))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (
+            {"transform": {"crop": 224}},
+            {"transform": {"crop": 32}},
+            "must have one transform, but --train has",
+        ),
+        ({"dtype": "float16"}, {"dtype": "float32"}, "must have one dtype"),
+        ({"split": "val"}, {"split": "val"}, "are both features of the split val"),
+    ],
+)
+def test_features_made_in_two_ways_or_of_one_split_are_refused(train, test, message):
+    splits = [
+        Features(split.layers, split.labels, manifest)
+        for split, manifest in zip(gaussian(0), (train, test), strict=True)
+    ]
+    with pytest.raises(BadInput, match=message):
+        evaluate(*splits, Config(neighbours=[5]))
