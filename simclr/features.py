@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from simclr import BadInput, transforms
+from simclr import BadInput, distributed, transforms
 from simclr.checkpoint import Backbone
 from simclr.config import FeatureSet
 from simclr.datasets import Dataset, Images, Samples, samples
 from simclr.model import ResNet, pool
-from simclr.results import DatasetStamp
+from simclr.results import DatasetStamp, locked, replacing, workplace
 
 # ---------------------------------------------------------------- reading
 
@@ -36,7 +37,8 @@ from simclr.results import DatasetStamp
 class Features:
     """Features of every image of one split: `layers[name]` is `(N, D)`, `labels` `(N,)` or `(N, C)`.
 
-    Raises `BadInput` when the arrays do not fit each other or hold a value that is not finite.
+    Raises `BadInput` when the arrays do not fit each other, a feature is not finite, or a label is beyond the
+    `classes` of the manifest.
     """
 
     layers: dict[str, np.ndarray]
@@ -53,6 +55,8 @@ class Features:
                     f"shape {array.shape}; extract the features again"
                 )
             _check_finite(array, name)
+        if "classes" in self.manifest:
+            _check_labels(self.labels, self.manifest["classes"])
 
     @classmethod
     def open(cls, folder: Path) -> Features:
@@ -116,37 +120,115 @@ def _check_finite(array: np.ndarray, name: str, rows: int = 8192) -> None:
             raise BadInput(f"{name}: row {row} holds NaN or infinity; extract the features again")
 
 
+def _check_labels(labels: np.ndarray, classes: int) -> None:
+    """Raise `BadInput` unless `labels` are class numbers `(N,)`, or `(N, C)` from −1 to 1, of C `classes`."""
+    lowest, highest = (0, classes - 1) if labels.ndim == 1 else (-1, 1)
+    wrong = np.argwhere((labels < lowest) | (labels > highest))
+    if len(wrong):
+        place = tuple(wrong[0])
+        raise BadInput(
+            f"labels: expected {lowest} to {highest} for {classes} classes, found {labels[place]} in row "
+            f"{place[0]}; verify the dataset and extract the features again"
+        )
+    if labels.ndim == 2 and labels.shape[1] != classes:
+        raise BadInput(
+            f"labels: expected a column for each of {classes} classes, found {labels.shape[1]}; verify the "
+            "dataset and extract the features again"
+        )
+
+
 # ---------------------------------------------------------------- extracting
 
 OURS = {"manifest.json", "labels.npy", ".snakemake_timestamp"}
 
+# Images that are computed before they count as done: what a kill may lose, for each process.
+SHARD = 4096
 
-def extract(backbone: Backbone, dataset: Dataset, split: str, config: FeatureSet, output: Path) -> None:
+
+def extract(
+    backbone: Backbone, dataset: Dataset, split: str, config: FeatureSet, work: Path, output: Path
+) -> None:
     """Write the features of a split of `dataset` as the folder `output`, whole or not at all.
 
     One pass in evaluation mode (running BatchNorm statistics, no gradients, full float32), on the GPU where
     there is one. Row i of every array belongs to sample i of the split; `batch_size` changes no value beyond
-    the rounding of float32. Raises `BadInput` when the disk is too small, an image cannot be decoded, or a
-    feature is not finite; `RuntimeError` when a row was not written exactly once.
+    the rounding of float32. `work`, a folder on the disk of `output`, holds the arrays while they are
+    written, shard by shard; a run that was killed goes on with the shards that are missing, if it is of the
+    same backbone, dataset and config. Under `torchrun`, on one machine, the processes share the shards. The
+    batches are the same in every case, and so is every bit.
+
+    Raises `BadInput` when the disk is too small, an image cannot be decoded, a feature is not finite, a label
+    is no class of the dataset, `output` holds something else, or another run works on the same;
+    `RuntimeError` when a row was not written exactly once.
     """
     listed = samples(dataset, split)
+    _check_labels(listed.labels, dataset.classes)
+    _check_places(Path(work), Path(output))
     model = backbone.model()
     dims = _dims(model, config)
-    with _replacing_folder(Path(output)) as part:
-        layers = _allocate(part, dims, len(listed), config.dtype)
-        written = np.zeros(len(listed), np.int64)
-        for index, features in _batches(model, listed, config, f"{dataset.name} {split}"):
-            for name, values in features.items():
-                _require_finite(values, name, index, listed)
-                layers[name][index] = values.numpy()
-            np.add.at(written, index, 1)
-        if (written != 1).any():
-            row = int(np.argmax(written != 1))
-            raise RuntimeError(f"row {row} was written {written[row]} times instead of once")
+    shards = _shards(len(listed), config.batch_size)
+    with distributed.process_group() as device:
+        run = _run(backbone, dataset, split, config, shards[0], device, Path(output))
+        with workplace(Path(work), run) as folder:
+            if distributed.rank() == 0:
+                _drop_outdated(Path(work), folder, run)
+                _prepare(folder, dims, len(listed), config.dtype)
+            distributed.barrier()
+            missing = [shard for shard in shards if not _mark(folder, shard).exists()]
+            distributed.barrier()  # all ranks have looked before the first one marks another shard
+            mine = missing[distributed.rank() :: distributed.world_size()]
+            _fill(folder, mine, dims, model.to(device), listed, config, f"{dataset.name} {split}")
+            distributed.barrier()
+            if distributed.rank() == 0:
+                np.save(folder / "features/labels.npy", listed.labels)
+                _write_manifest(folder / "features", backbone, dataset, split, config, dims, len(listed))
+                _move(folder / "features", Path(output))
+                shutil.rmtree(folder)
+
+
+def _shards(images: int, batch_size: int) -> list[range]:
+    """Cut the rows into shards of whole batches: the batches are the same whatever is there already."""
+    rows = max(SHARD // batch_size, 1) * batch_size
+    return [range(start, min(start + rows, images)) for start in range(0, images, rows)]
+
+
+def _fill(
+    folder: Path,
+    shards: list[range],
+    dims: dict[str, int],
+    model: ResNet,
+    listed: Samples,
+    config: FeatureSet,
+    what: str,
+) -> None:
+    """Compute and write `shards`, marking each as done once it is on the disk."""
+    layers = {name: open_memmap(folder / f"features/{name}.npy", mode="r+") for name in dims}
+    stream = _batches(model, listed, config, shards, what)
+    for shard in shards:
+        _write_shard(layers, shard, islice(stream, len(_batches_of(shard, config.batch_size))), listed)
         for array in layers.values():
             array.flush()
-        np.save(part / "labels.npy", listed.labels)
-        _write_manifest(part, backbone, dataset, split, config, dims, len(listed))
+        _mark(folder, shard).touch()
+
+
+def _write_shard(
+    layers: dict[str, np.ndarray],
+    shard: range,
+    batches: Iterable[tuple[np.ndarray, dict[str, Tensor]]],
+    listed: Samples,
+) -> None:
+    """Write batches of (sample indices, features); raises `RuntimeError` unless each row is written once."""
+    written = np.zeros(len(listed), np.int64)
+    for index, features in batches:
+        for name, values in features.items():
+            _require_finite(values, name, index, listed)
+            layers[name][index] = values.numpy()
+        np.add.at(written, index, 1)
+    expected = np.zeros_like(written)
+    expected[shard.start : shard.stop] = 1
+    if (written != expected).any():
+        row = int(np.argmax(written != expected))
+        raise RuntimeError(f"row {row} was written {written[row]} times instead of {expected[row]}")
 
 
 def _dims(model: ResNet, config: FeatureSet) -> dict[str, int]:
@@ -167,28 +249,39 @@ def _layers(model: ResNet, images: Tensor, config: FeatureSet) -> dict[str, Tens
 
 
 def _batches(
-    model: ResNet, listed: Samples, config: FeatureSet, what: str
+    model: ResNet, listed: Samples, config: FeatureSet, shards: list[range], what: str
 ) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
-    """Yield sample indices `(n,)` and features on the CPU, batch by batch, with progress."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Yield sample indices `(n,)` and features on the CPU, batch by batch of all `shards`, with progress."""
+    device = next(model.parameters()).device
     transform = getattr(transforms, config.transform)(config.resize, config.crop)
     loader = DataLoader(
         Images(listed.paths, listed.labels, transform),
-        batch_size=config.batch_size,
+        batch_sampler=[batch for shard in shards for batch in _batches_of(shard, config.batch_size)],
         num_workers=_workers(),
-        pin_memory=device == "cuda",
+        pin_memory=device.type == "cuda",
     )
-    model.to(device)
-    with tqdm(total=len(listed), desc=what, unit=" images", mininterval=1) as progress:
+    rank, world = distributed.rank(), distributed.world_size()
+    bar = tqdm(
+        desc=what if world == 1 else f"{what}, process 1 of {world}",
+        total=sum(map(len, shards)),
+        unit=" images",
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        disable=rank > 0,
+    )
+    with bar:
         for images, _, index in loader:
             features = _layers(model, images.to(device, non_blocking=True), config)
+            bar.update(len(index))
             yield index.numpy(), {name: values.cpu() for name, values in features.items()}
-            progress.update(len(index))
+
+
+def _batches_of(shard: range, batch_size: int) -> list[range]:
+    return [shard[start : start + batch_size] for start in range(0, len(shard), batch_size)]
 
 
 def _workers() -> int:
     """Return how many processes decode images: none on one or two cores, where they would only compete."""
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return 0 if cores <= 2 else min(cores - 1, 16)
 
 
@@ -203,26 +296,90 @@ def _require_finite(values: Tensor, name: str, index: np.ndarray, listed: Sample
         )
 
 
-# ---------------------------------------------------------------- the folder
+# ---------------------------------------------------------------- the work folder
 
 
-def _allocate(folder: Path, dims: dict[str, int], rows: int, dtype: str) -> dict[str, np.ndarray]:
+def _run(
+    backbone: Backbone,
+    dataset: Dataset,
+    split: str,
+    config: FeatureSet,
+    first_shard: range,
+    device: torch.device,
+    output: Path,
+) -> dict[str, Any]:
+    """Return all that decides what a shard holds and where it ends up."""
+    return {
+        "step": "features",
+        "checkpoint": backbone.checkpoint_sha256,
+        "dataset": dataset.dataset.manifest_sha256,
+        "split": split,
+        "config": config.model_dump(mode="json"),
+        "shard": len(first_shard),
+        "device": device.type,
+        "torch": torch.__version__,
+        "output": str(output.resolve()),
+    }
+
+
+def _check_places(work: Path, output: Path) -> None:
+    """Make the folders above; raise `BadInput` unless a folder in `work` can take the place of `output`."""
+    others = [each.name for each in output.iterdir() if not _is_ours(each.name)] if output.is_dir() else []
+    if others or output.is_file():
+        found = f"a folder with {', '.join(sorted(others)[:3])}" if others else "a file"
+        raise BadInput(
+            f"{output}: expected no folder or one of features, found {found}; name another --output"
+        )
+    for folder in (work, output.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    if work.stat().st_dev != output.parent.stat().st_dev:
+        raise BadInput(f"--work {work} and --output {output} are on two disks; name folders of one")
+
+
+def _is_ours(name: str) -> bool:
+    layers = FeatureSet.model_json_schema()["properties"]["layers"]["items"]["enum"]
+    return name in OURS or name.removesuffix(".npy") in layers
+
+
+def _drop_outdated(work: Path, folder: Path, run: dict[str, Any]) -> None:
+    """Delete what other runs, of another backbone, dataset or config, left for the same output."""
+    for other in work.glob("*/run.json"):
+        if other.parent != folder and json.loads(other.read_text()).get("output") == run["output"]:
+            with locked(other.parent):
+                shutil.rmtree(other.parent)
+
+
+def _prepare(folder: Path, dims: dict[str, int], rows: int, dtype: str) -> None:
+    """Make the arrays that the shards are written to, unless an earlier run did; then its marks count."""
+    if (folder / "features").is_dir():
+        return
+    for name in ("shards", "allocating"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).mkdir()
+    _allocate(folder / "allocating", dims, rows, dtype)
+    (folder / "allocating").rename(folder / "features")
+
+
+def _allocate(folder: Path, dims: dict[str, int], rows: int, dtype: str) -> None:
     """Create one `(rows, D)` array per layer, its space on disk reserved; raises `BadInput` if short."""
     sizes = {name: rows * dim * np.dtype(dtype).itemsize for name, dim in dims.items()}
     free = shutil.disk_usage(folder).free
     if sum(sizes.values()) > free:
         raise BadInput(
-            f"{folder.parent.resolve()}: {rows} images need {sum(sizes.values()) / 1e9:.1f} GB "
+            f"{folder.resolve()}: {rows} images need {sum(sizes.values()) / 1e9:.1f} GB "
             f"({', '.join(dims)} in {dtype}), but {free / 1e9:.1f} GB are free; choose fewer layers, "
             "dtype: float16, or another disk"
         )
-    layers = {}
     for name, dim in dims.items():
         path = folder / f"{name}.npy"
-        layers[name] = open_memmap(path, mode="w+", dtype=dtype, shape=(rows, dim))
+        open_memmap(path, mode="w+", dtype=dtype, shape=(rows, dim))
         with path.open("r+b") as file:  # a disk that fills up later would kill the process without a word
             os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return layers
+
+
+def _mark(folder: Path, shard: range) -> Path:
+    """Return the file that is there once the shard is."""
+    return folder / f"shards/{shard.start}"
 
 
 def _write_manifest(
@@ -240,6 +397,7 @@ def _write_manifest(
         "dataset": dataset.dataset.model_dump(),
         "split": split,
         "images": images,
+        "classes": dataset.classes,
         "transform": {
             "name": config.transform,
             **{"resize": config.resize, "crop": config.crop},
@@ -250,31 +408,12 @@ def _write_manifest(
         "dtype": config.dtype,
         "finished": True,
     }
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+    with replacing(folder / "manifest.json") as part:
+        part.write_text(json.dumps(manifest, indent=1) + "\n")
 
 
-@contextmanager
-def _replacing_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; on success rename it to `path`, else remove it.
-
-    Raises `BadInput` when `path` holds something else than features.
-    """
-    others = [entry.name for entry in path.iterdir() if not _is_ours(entry.name)] if path.is_dir() else []
-    if others or path.is_file():
-        found = f"a folder with {', '.join(sorted(others)[:3])}" if others else "a file"
-        raise BadInput(f"{path}: expected no folder or one of features, found {found}; name another --output")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
-        yield part
-        if path.is_dir():
-            shutil.rmtree(path)
-        part.rename(path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _is_ours(name: str) -> bool:
-    layers = FeatureSet.model_json_schema()["properties"]["layers"]["items"]["enum"]
-    return name in OURS or name.removesuffix(".npy") in layers
+def _move(folder: Path, output: Path) -> None:
+    """Put `folder` in the place of `output`."""
+    if output.is_dir():
+        shutil.rmtree(output)
+    folder.rename(output)

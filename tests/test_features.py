@@ -1,11 +1,15 @@
-"""Extraction equals one image at a time and writes a whole folder or none; half a folder is refused."""
+"""Extraction equals one image at a time, goes on after a kill, and writes a whole folder or none."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +22,10 @@ from simclr.__main__ import main, sentence
 from simclr.checkpoint import Backbone, save_backbone
 from simclr.config import Dataset as Block
 from simclr.config import FeatureSet
-from simclr.datasets import Dataset, decode, samples, verify
+from simclr.datasets import Dataset, Samples, decode, samples, verify
 from simclr.features import Features, extract
 from simclr.model import pool, resnet
-from simclr.results import provenance
+from simclr.results import locked, provenance
 
 ARCHITECTURE = "resnet18_w0.125"
 SMALL = {"resize": 40, "crop": 32, "pooling": "adaptive"}
@@ -75,7 +79,7 @@ def one_by_one(backbone: Backbone, dataset: Dataset, config: FeatureSet) -> dict
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_extraction_is_one_image_at_a_time(transform, batch_size, backbone, dataset, tmp_path):
     config = FeatureSet(**SMALL, transform=transform, batch_size=batch_size)
-    extract(backbone, dataset, "train", config, tmp_path / "f")
+    extract(backbone, dataset, "train", config, tmp_path / "work", tmp_path / "f")
     found = Features.open(tmp_path / "f")
     assert list(found.layers) == LAYERS
     for name, expected in one_by_one(backbone, dataset, config).items():
@@ -89,7 +93,7 @@ def test_worker_processes_change_nothing(backbone, dataset, tmp_path, monkeypatc
     config = FeatureSet(**SMALL, layers=["avgpool"], batch_size=2)
     for workers in (0, 2):
         monkeypatch.setattr(features, "_workers", lambda workers=workers: workers)
-        extract(backbone, dataset, "train", config, tmp_path / f"f{workers}")
+        extract(backbone, dataset, "train", config, tmp_path / "work", tmp_path / f"f{workers}")
     one, two = ((tmp_path / f"f{workers}" / "avgpool.npy").read_bytes() for workers in (0, 2))
     assert one == two
 
@@ -101,7 +105,7 @@ def test_the_published_dimensions():
 
 def test_the_manifest_says_where_features_come_from(backbone, dataset, tmp_path):
     config = FeatureSet(**SMALL, layers=["feature2", "avgpool"], dtype="float16", transform="squash")
-    extract(backbone, dataset, "val", config, tmp_path / "deep" / "f")
+    extract(backbone, dataset, "val", config, tmp_path / "work", tmp_path / "deep" / "f")
     found = Features.open(tmp_path / "deep" / "f")
     assert found.checkpoint_sha256 == backbone.checkpoint_sha256
     assert found.dataset == dataset.dataset
@@ -111,6 +115,7 @@ def test_the_manifest_says_where_features_come_from(backbone, dataset, tmp_path)
         "dataset": dataset.dataset.model_dump(),
         "split": "val",
         "images": 2,
+        "classes": 2,
         "transform": {
             "name": "squash",
             "resize": 40,
@@ -135,6 +140,7 @@ def test_by_the_command_line(backbone, dataset, tmp_path):
         "--dataset": dataset.root.parent / "imagenet.json",
         "--split": "train",
         "--config": json.dumps({**SMALL, "layers": ["avgpool"]}),
+        "--work": tmp_path / "work",
         "--output": tmp_path / "f",
     }
     assert main(["features", *(str(each) for pair in arguments.items() for each in pair)]) == 0
@@ -142,11 +148,9 @@ def test_by_the_command_line(backbone, dataset, tmp_path):
 
 
 def refusal(*arguments: object, error: type[Exception] = BadInput) -> str:
-    """Return what the command line says when an extraction ends; no part is left beside its output."""
+    """Return what the command line says when an extraction ends."""
     with pytest.raises(error) as caught:
         extract(*arguments)
-    output = arguments[-1]
-    assert not [path for path in output.parent.iterdir() if path.name.startswith(".")]
     return sentence(caught.value)
 
 
@@ -156,11 +160,11 @@ CONFIG = FeatureSet(**SMALL)
 def test_features_that_are_not_finite_are_named(dataset, tmp_path):
     variance = torch.full((8,), -1.0)
     bad = make_backbone(tmp_path / "nan.safetensors", layer1__0__bn1__running_var=variance)
-    message = refusal(bad, dataset, "train", CONFIG, tmp_path / "f")
+    message = refusal(bad, dataset, "train", CONFIG, tmp_path / "work", tmp_path / "f")
     assert message.startswith(f"feature2: NaN or infinity in row 0 ({samples(dataset, 'train').paths[0]})")
     big = make_backbone(tmp_path / "big.safetensors", bn1__weight=torch.full((8,), 1e6))
     half = FeatureSet(**SMALL, dtype="float16")
-    assert "dtype: float32" in refusal(big, dataset, "train", half, tmp_path / "f")
+    assert "dtype: float32" in refusal(big, dataset, "train", half, tmp_path / "work", tmp_path / "f")
     assert not (tmp_path / "f").exists()
 
 
@@ -170,12 +174,13 @@ def test_features_that_are_not_finite_are_named(dataset, tmp_path):
 )
 def test_every_row_is_written_once(index, message, backbone, dataset, tmp_path, monkeypatch):
     def batches(*_):
-        for row in index:
-            yield np.array([row]), {"avgpool": torch.zeros(1, 64)}
+        yield np.array(index), {"avgpool": torch.zeros(len(index), 64)}
 
     monkeypatch.setattr(features, "_batches", batches)
     config = FeatureSet(**SMALL, layers=["avgpool"])
-    assert message in refusal(backbone, dataset, "train", config, tmp_path / "f", error=RuntimeError)
+    assert message in refusal(
+        backbone, dataset, "train", config, tmp_path / "work", tmp_path / "f", error=RuntimeError
+    )
     assert not (tmp_path / "f").exists()
 
 
@@ -183,7 +188,7 @@ def test_rows_are_written_by_sample_index(backbone, dataset, tmp_path, monkeypat
     config = FeatureSet(**SMALL, layers=["avgpool"], batch_size=3)
     batches = features._batches
     monkeypatch.setattr(features, "_batches", lambda *arguments: reversed(list(batches(*arguments))))
-    extract(backbone, dataset, "train", config, tmp_path / "f")
+    extract(backbone, dataset, "train", config, tmp_path / "work", tmp_path / "f")
     expected = one_by_one(backbone, dataset, config)["avgpool"]
     np.testing.assert_allclose(
         Features.open(tmp_path / "f").layers["avgpool"], expected, rtol=1e-4, atol=1e-3
@@ -194,8 +199,9 @@ def test_a_disk_that_is_too_small_is_seen_before(backbone, dataset, tmp_path, mo
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10_000))
     monkeypatch.setattr(features, "_batches", None)
-    message = refusal(backbone, dataset, "train", CONFIG, tmp_path / "f")
-    assert message.startswith(f"{tmp_path}: 11 images need")
+    message = refusal(backbone, dataset, "train", CONFIG, tmp_path / "work", tmp_path / "f")
+    assert message.startswith(f"{tmp_path}/work/")
+    assert ": 11 images need 0.0 GB (feature1, feature2" in message
     assert "dtype: float16" in message
 
 
@@ -205,13 +211,15 @@ def test_only_features_are_replaced(backbone, dataset, tmp_path):
     output.mkdir()
     (output / "manifest.json").write_text("{")
     (output / "feature3.npy").write_text("half")
-    extract(backbone, dataset, "train", config, output)
+    extract(backbone, dataset, "train", config, tmp_path / "work", output)
     assert list(Features.open(output).layers) == ["avgpool"]
     assert not (output / "feature3.npy").exists()
     (output / "thesis.tex").write_text("years")
-    assert "thesis.tex" in refusal(backbone, dataset, "train", config, output)
+    assert "thesis.tex" in refusal(backbone, dataset, "train", config, tmp_path / "work", output)
     assert (output / "thesis.tex").exists()
-    assert "found a file" in refusal(backbone, dataset, "train", config, output / "thesis.tex")
+    assert "found a file" in refusal(
+        backbone, dataset, "train", config, tmp_path / "work", output / "thesis.tex"
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -220,14 +228,14 @@ def test_a_truncated_image_is_named(workers, backbone, dataset, tmp_path, monkey
     path = samples(dataset, "val").paths[1]
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    message = refusal(backbone, dataset, "val", CONFIG, tmp_path / "f")
+    message = refusal(backbone, dataset, "val", CONFIG, tmp_path / "work", tmp_path / "f")
     path.write_bytes(whole)
     assert message.startswith(f"{path}: cannot be decoded")
     assert not (tmp_path / "f").exists()
 
 
 def test_an_unknown_split_is_refused(backbone, dataset, tmp_path):
-    assert "test" in refusal(backbone, dataset, "test", CONFIG, tmp_path / "f")
+    assert "test" in refusal(backbone, dataset, "test", CONFIG, tmp_path / "work", tmp_path / "f")
 
 
 @pytest.mark.parametrize(
@@ -242,6 +250,179 @@ def test_an_unknown_split_is_refused(backbone, dataset, tmp_path):
 def test_impossible_blocks(block, message):
     with pytest.raises(ValueError, match=message):
         FeatureSet(**block)
+
+
+# ---------------------------------------------------------------- after a kill, and in several processes
+
+# Batches of two images, shards of four: three shards and six batches for the eleven training images.
+SHARDED = FeatureSet(**SMALL, batch_size=2)
+
+
+def _extract(backbone, dataset, config, folder, die_at=None, environment=None):
+    """Extract into `folder`; kill this very process in forward pass `die_at`."""
+    os.environ.update(environment or {})
+    torch.set_num_threads(1)
+    features.SHARD = 4
+    passes, compute = [], features._layers
+
+    def dying(*arguments):
+        passes.append(arguments)
+        if len(passes) == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return compute(*arguments)
+
+    features._layers = dying
+    extract(Backbone.open(backbone), Dataset.open(dataset), "train", config, folder / "work", folder / "f")
+
+
+def start(backbone, dataset, *arguments, **keywords):
+    """Start `_extract` in a process of its own."""
+    multiprocessing.set_forkserver_preload(["simclr.features"])
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_extract,
+        args=(backbone.path, dataset.root.parent / "imagenet.json", *arguments),
+        kwargs=keywords,
+    )
+    process.start()
+    return process
+
+
+def exit_status(process) -> int:
+    process.join()
+    return process.exitcode
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(backbone, dataset, tmp_path_factory) -> dict[str, bytes]:
+    """The files of a run in one piece."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert exit_status(start(backbone, dataset, SHARDED, folder)) == 0
+    assert not any((folder / "work").iterdir())
+    return contents(folder / "f")
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[int]:
+    """The number of images of each forward pass from now on, that for the dimensions excepted."""
+    sizes, compute = [], features._layers
+    dims = features._dims(resnet(ARCHITECTURE).eval(), CONFIG)
+
+    def counting(model, images, config):
+        sizes.append(len(images))
+        return compute(model, images, config)
+
+    monkeypatch.setattr(features, "SHARD", 4)
+    monkeypatch.setattr(features, "_layers", counting)
+    monkeypatch.setattr(features, "_dims", lambda *_: dims)
+    return sizes
+
+
+# Forward pass 1 is that for the dimensions; then two in each shard.
+@pytest.mark.parametrize(("die_at", "left"), [(2, [2, 2, 2, 2, 2, 1]), (5, [2, 2, 2, 1])])
+def test_a_killed_run_goes_on_where_it_was(
+    die_at, left, uninterrupted, backbone, dataset, tmp_path, computed
+):
+    assert exit_status(start(backbone, dataset, SHARDED, tmp_path, die_at=die_at)) == -signal.SIGKILL
+    assert not (tmp_path / "f").exists()
+    extract(backbone, dataset, "train", SHARDED, tmp_path / "work", tmp_path / "f")
+    assert computed == left
+    assert contents(tmp_path / "f") == uninterrupted
+    assert not any((tmp_path / "work").iterdir())
+
+
+@pytest.mark.parametrize("other", ["config", "backbone"])
+def test_another_run_begins_afresh(other, backbone, dataset, tmp_path, computed):
+    """Nothing of the run that was killed is taken over, or left."""
+    assert exit_status(start(backbone, dataset, SHARDED, tmp_path, die_at=5)) == -signal.SIGKILL
+    config = SHARDED.model_copy(update={"resize": 48} if other == "config" else {})
+    if other == "backbone":
+        backbone = make_backbone(tmp_path / "other.safetensors", bn1__weight=torch.ones(8))
+    extract(backbone, dataset, "train", config, tmp_path / "work", tmp_path / "f")
+    assert sum(computed) == 11
+    assert Features.open(tmp_path / "f").checkpoint_sha256 == backbone.checkpoint_sha256
+    assert not any((tmp_path / "work").iterdir())
+
+
+def test_a_run_for_another_output_is_left_alone(backbone, dataset, tmp_path):
+    assert exit_status(start(backbone, dataset, SHARDED, tmp_path, die_at=5)) == -signal.SIGKILL
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*")}
+    extract(backbone, dataset, "val", SHARDED, tmp_path / "work", tmp_path / "g")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*")} == before
+
+
+def test_a_repaired_image_does_not_cost_the_shards_before_it(backbone, dataset, tmp_path, computed):
+    path = samples(dataset, "train").paths[9]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    refusal(backbone, dataset, "train", SHARDED, tmp_path / "work", tmp_path / "f")
+    path.write_bytes(whole)
+    computed.clear()
+    extract(backbone, dataset, "train", SHARDED, tmp_path / "work", tmp_path / "f")
+    assert computed == [2, 1]
+
+
+def test_two_runs_at_once_are_refused(backbone, dataset, tmp_path):
+    assert exit_status(start(backbone, dataset, SHARDED, tmp_path, die_at=5)) == -signal.SIGKILL
+    (folder,) = (tmp_path / "work").iterdir()
+    process = multiprocessing.get_context("forkserver").Process(target=_hold, args=(folder,))
+    process.start()
+    try:
+        while not (folder / "held").exists():
+            assert process.is_alive()
+        for config in (SHARDED, CONFIG):
+            message = refusal(backbone, dataset, "train", config, tmp_path / "work", tmp_path / "f")
+            assert "another run works in this folder" in message
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _hold(folder):
+    with locked(folder):
+        (folder / "held").touch()
+        signal.pause()
+
+
+def test_two_processes_write_the_bytes_of_one(uninterrupted, backbone, dataset, tmp_path):
+    def together(port: int) -> list[int]:
+        processes = []
+        for rank in range(2):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+            environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            environment = {key: str(value) for key, value in environment.items()}
+            processes.append(start(backbone, dataset, SHARDED, tmp_path, environment=environment))
+        return [exit_status(process) for process in processes]
+
+    assert together(20_000 + os.getpid() % 20_000) == [0, 0]
+    assert contents(tmp_path / "f") == uninterrupted
+    assert not any((tmp_path / "work").iterdir())
+
+
+def test_work_on_another_disk_is_refused(backbone, dataset, tmp_path, monkeypatch):
+    stat = Path.stat
+
+    def elsewhere(path, **keywords):
+        found = stat(path, **keywords)
+        return SimpleNamespace(st_dev=-1, st_mode=found.st_mode) if path.name == "work" else found
+
+    monkeypatch.setattr(Path, "stat", elsewhere)
+    message = refusal(backbone, dataset, "train", CONFIG, tmp_path / "work", tmp_path / "f")
+    assert (
+        message == f"--work {tmp_path}/work and --output {tmp_path}/f are on two disks; name folders of one"
+    )
+
+
+def test_labels_that_are_no_class_are_refused_before(backbone, dataset, tmp_path, monkeypatch):
+    listed = samples(dataset, "train")
+    wrong = listed.labels.copy()
+    wrong[7] = 2
+    monkeypatch.setattr(features, "samples", lambda *_: Samples(listed.paths, wrong))
+    message = refusal(backbone, dataset, "train", CONFIG, tmp_path / "work", tmp_path / "f")
+    assert message.startswith("labels: expected 0 to 1 for 2 classes, found 2 in row 7")
 
 
 # ---------------------------------------------------------------- reading
@@ -310,6 +491,23 @@ def test_arrays_that_do_not_fit_are_refused(folder):
     assert "avgpool: row 0 holds NaN" in unreadable(folder)
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 5, 2], "labels: expected 0 to 2 for 3 classes, found 5 in row 1"),
+        ([0, 1, -1], "labels: expected 0 to 2 for 3 classes, found -1 in row 2"),
+        ([[1, 0, -1], [0, 1, 0], [0, 0, 2]], "labels: expected -1 to 1 for 3 classes, found 2 in row 2"),
+        ([[1, 0], [0, 1], [0, 0]], "labels: expected a column for each of 3 classes, found 2"),
+    ],
+)
+def test_labels_outside_the_class_count_are_refused(folder, labels, message):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "classes": 3}))
+    assert len(Features.open(folder).labels) == 3
+    np.save(folder / "labels.npy", np.array(labels))
+    assert message in unreadable(folder)
+
+
 def test_a_pickle_in_an_array_is_not_run(folder):
     np.save(folder / "labels.npy", np.array([{}, {}, {}], dtype=object), allow_pickle=True)
     assert "labels.npy cannot be read" in unreadable(folder)
@@ -329,7 +527,7 @@ def test_features_of_another_checkpoint_or_dataset_do_not_mix(folder):
         return Features(train.layers, train.labels, {**train.manifest, **changed})
 
     assert provenance({"train": train, "test": test()}) == ("a" * 64, train.dataset)
-    with pytest.raises(BadInput, match="one checkpoint"):
+    with pytest.raises(BadInput, match=f"one checkpoint, but --train has {'a' * 64}, --test has {'c' * 64}"):
         provenance({"train": train, "test": test(checkpoint_sha256="c" * 64)})
     other = {"name": "voc2007", "manifest_sha256": "b" * 64}
     with pytest.raises(BadInput, match="one dataset"):

@@ -115,6 +115,11 @@ def node_gpus(wildcards):
     return min(8, gpus(wildcards))
 
 
+def feature_gpus(wildcards):
+    """Return the GPUs that extract the features of a split: one more for each 100,000 images, on one node."""
+    return min(node_gpus(wildcards), 1 + images(wildcards.dataset, wildcards.split) // 100_000)
+
+
 def cores(wildcards):
     """Return the cores of a job on one GPU, most of them for decoding images; on the CPU, one."""
     return 8 * gpu(wildcards) or 1

@@ -1,6 +1,9 @@
 # Frozen features, extracted once and shared by the benchmarks that only need them.
 rule features:
-    """Run the backbone once over a split; the folder holds one array per layer, and its manifest."""
+    """Run the backbone once over a split; the folder holds one array per layer, and its manifest.
+
+    The number of GPUs is a resource, not a param: they share the images, the features do not change.
+    """
     input:
         backbone="<results>/{model}/backbone.safetensors",
         dataset="<results>/datasets/{dataset}.json",
@@ -14,14 +17,21 @@ rule features:
         dataset=any_of(type(CONFIG.features).model_fields),
     conda:
         "../../envs/simclr.yaml"
-    threads: cores
+    threads: lambda wildcards: 8 * feature_gpus(wildcards) or 1
     resources:
-        gpu=gpu,
-        mem_mb=lambda wildcards, attempt: 8_000 * attempt,
+        gpu=feature_gpus,
+        mem_mb=lambda wildcards, attempt: attempt * 8_000 * max(1, feature_gpus(wildcards)),
         runtime=lambda wildcards, attempt: attempt
-        * minutes(images(wildcards.dataset, wildcards.split), per_second=300),
+        * minutes(
+            images(wildcards.dataset, wildcards.split), per_second=300 * max(1, feature_gpus(wildcards))
+        ),
     params:
         config=feature_block,
+        work=work_folder("features_{dataset}-{split}"),
+        python=lambda wildcards, resources: (
+            f"torchrun --standalone --nproc-per-node={resources.gpu}" if resources.gpu > 1 else "python"
+        ),
     shell:
-        "python -m simclr features --backbone {input.backbone} --dataset {input.dataset}"
-        " --split {wildcards.split} --config {params.config:q} --output {output} > {log} 2>&1"
+        "{params.python} -m simclr features --backbone {input.backbone} --dataset {input.dataset}"
+        " --split {wildcards.split} --config {params.config:q} --work {params.work:q} --output {output}"
+        " > {log} 2>&1"

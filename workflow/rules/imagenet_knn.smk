@@ -21,7 +21,7 @@ rule imagenet_knn_record:
     threads: cores
     resources:
         gpu=gpu,
-        mem_mb=lambda wildcards, attempt: attempt * (2_000 + images("imagenet") // 100),
+        mem_mb=lambda wildcards, attempt: attempt * (2_000 + min(6_000, images("imagenet") // 10)),
         runtime=lambda wildcards, attempt: attempt * minutes(images("imagenet", "val"), per_second=50),
     params:
         config=benchmark_block("imagenet_knn"),
