@@ -273,6 +273,7 @@ def _extract(backbone, dataset, config, folder, die_at=None, environment=None):
 
     features._layers = dying
     extract(Backbone.open(backbone), Dataset.open(dataset), "train", config, folder / "work", folder / "f")
+    (folder / f"passes{os.environ.get('RANK', 0)}").write_text(str(len(passes)))
 
 
 def start(backbone, dataset, *arguments, **keywords):
@@ -388,17 +389,16 @@ def _hold(folder):
 
 
 def test_two_processes_write_the_bytes_of_one(uninterrupted, backbone, dataset, tmp_path):
-    def together(port: int) -> list[int]:
-        processes = []
-        for rank in range(2):
-            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-            environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
-            environment = {key: str(value) for key, value in environment.items()}
-            processes.append(start(backbone, dataset, SHARDED, tmp_path, environment=environment))
-        return [exit_status(process) for process in processes]
-
-    assert together(20_000 + os.getpid() % 20_000) == [0, 0]
+    processes = []
+    for rank in range(2):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": 20_000 + os.getpid() % 20_000}
+        environment = {key: str(value) for key, value in environment.items()}
+        processes.append(start(backbone, dataset, SHARDED, tmp_path, environment=environment))
+    assert [exit_status(process) for process in processes] == [0, 0]
     assert contents(tmp_path / "f") == uninterrupted
+    passes = [(tmp_path / f"passes{rank}").read_text() for rank in range(2)]
+    assert passes == ["5", "3"]  # one for the dimensions, then those of shards 0 and 2, and of shard 1
     assert not any((tmp_path / "work").iterdir())
 
 
