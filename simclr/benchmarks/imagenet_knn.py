@@ -42,7 +42,7 @@ LAYER = "avgpool"
 # Images of one matrix product, training by test: large enough for the full speed of the processor or GPU.
 TRAIN_ROWS, TEST_ROWS = 16_384, 2_048
 
-# Bytes that a search may take, on the CPU or the GPU, whatever the number of images.
+# Bytes that a search may take, on the CPU or the GPU, however many the images; ImageNet takes a third of them.
 MEMORY = 6_000_000_000
 
 # Similarities that are looked at together, by their highest.
@@ -103,7 +103,8 @@ def classify(train: Tensor, labels: Tensor, test: Tensor, k: int, temperature: f
         raise BadInput(f"k: expected 1 to {len(train)} neighbours, as many as training images; found {k}")
     labels = labels.cpu().numpy()
     classes = int(labels.max()) + 1
-    votes = (vote(s, labels[index], classes, temperature) for s, index in nearest(train, test, k))
+    found = nearest(train.detach(), test.detach(), k)
+    votes = (vote(similarity, labels[index], classes, temperature) for similarity, index in found)
     return torch.cat([torch.from_numpy(part.argmax(axis=1)) for part in votes])
 
 
