@@ -42,7 +42,7 @@ LAYER = "avgpool"
 # Images of one matrix product, training by test: large enough for the full speed of the processor or GPU.
 TRAIN_ROWS, TEST_ROWS = 16_384, 2_048
 
-# Bytes that a search may take, on the CPU or the GPU, however many the images; ImageNet takes a third of them.
+# Bytes that a search may take, on the CPU or the GPU, however many the images; ImageNet takes a third of it.
 MEMORY = 6_000_000_000
 
 # Similarities that are looked at together, by their highest.
