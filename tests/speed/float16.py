@@ -5,17 +5,31 @@
 takes the backbone and the verified datasets of a finished page, extracts the features of ImageNet and VOC2007
 once in each type, with everything else as the page's config says, evaluates both and prints a Markdown table.
 
-TABLE
+On the miniature (2,800 × 400 and 360 × 160 images), percent:
+
+| metric | float32 | float16 | difference |
+|---|---|---|---|
+| k10 | 57.500 | 57.500 | +0.000 |
+| k20 | 54.000 | 54.250 | +0.250 |
+| k100 | 54.000 | 54.000 | +0.000 |
+| k200 | 51.750 | 51.500 | -0.250 |
+| feature1 | 21.828 | 21.828 | +0.000 |
+| feature2 | 29.632 | 29.638 | +0.006 |
+| feature3 | 31.594 | 31.587 | -0.006 |
+| feature4 | 33.795 | 33.785 | -0.009 |
+| feature5 | 33.697 | 33.848 | +0.151 |
+
+0.25 is one test image. Top-5 accuracies are equal.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
-from simclr import config
-from simclr.benchmarks import imagenet_knn, voc07_svm
+from simclr import benchmarks, config
 from simclr.checkpoint import Backbone
 from simclr.datasets import Dataset
 from simclr.features import Features, extract
@@ -36,24 +50,22 @@ def main() -> None:
     backbone = Backbone.open(args.results / args.model / "backbone.safetensors")
     print("| metric | float32 | float16 | difference |")
     print("|---|---|---|---|")
-    for benchmark, name in ((imagenet_knn, "imagenet"), (voc07_svm, "voc2007")):
-        dataset = Dataset.open(args.results / "datasets" / f"{name}.json")
-        block, protocol = (
-            getattr(page.features, name),
-            getattr(page.benchmarks, benchmark.__name__.split(".")[-1]),
-        )
-        single, half = (
-            metrics(
-                benchmark.evaluate, backbone, dataset, block.model_copy(update={"dtype": dtype}), protocol
-            )
-            for dtype in ("float32", "float16")
-        )
+    for name in ("imagenet_knn", "voc07_svm"):
+        benchmark = benchmarks.load(name)
+        dataset = Dataset.open(args.results / f"datasets/{benchmark.Config.dataset}.json")
+        block, protocol = getattr(page.features, dataset.name), getattr(page.benchmarks, name)
+        blocks = (block.model_copy(update={"dtype": dtype}) for dtype in ("float32", "float16"))
+        single, half = (metrics(benchmark.evaluate, backbone, dataset, each, protocol) for each in blocks)
         for key, value in single.items():
             print(f"| {key} | {value:.3f} | {half[key]:.3f} | {half[key] - value:+.3f} |")
 
 
 def metrics(
-    evaluate, backbone: Backbone, dataset: Dataset, block: config.FeatureSet, protocol: Protocol
+    evaluate: Callable[..., Metrics],
+    backbone: Backbone,
+    dataset: Dataset,
+    block: config.FeatureSet,
+    protocol: Protocol,
 ) -> Metrics:
     """Return what `evaluate` says of both splits, extracted as `block` says."""
     with tempfile.TemporaryDirectory() as folder:

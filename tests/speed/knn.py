@@ -10,9 +10,19 @@ mapped files do not count. Parity is the share of test images whose class, for e
 
 faiss (faiss-cpu) and lightly are left out where they are not installed; PYTHONPATH will do.
 
-On two cores of an AMD EPYC, AVX2:
+On two cores of an AMD EPYC with AVX2, other work running on the machine beside it, with faiss-cpu 1.15.1 and
+lightly 1.6.0:
 
-TABLE
+| images | ours, s | faiss, s | MMSelfSup, s | lightly, s |
+|---|---|---|---|---|
+| 10,000 × 500 | 1.30 | 1.34 (× 1.02) | 5.68 (× 4.35) | 3.06 (× 2.34) |
+| 20,000 × 1,000 | 4.09 | 4.99 (× 1.22) | 22.50 (× 5.50) | 10.34 (× 2.53) |
+| 40,000 × 2,000 | 7.34 | 11.06 (× 1.51) | 34.96 (× 4.76) | 18.31 (× 2.49) |
+
+with every class that of float64, by every method, and at 40,000 × 2,000 with 0.50, 0.76, 1.59 and 0.83 GB.
+Processor time of ours on one core, which other work disturbs less, is 0.40, 1.38, 5.10 and (80,000 × 4,000)
+20.6 s: it grows as pairs^0.95, at last as pairs^1.01. At 40,000 × 2,000 matrix products are 77 % of it, ranking
+18 %, reading, converting and normalising 4 %, votes 1 %.
 """
 
 from __future__ import annotations
