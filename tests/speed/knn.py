@@ -21,8 +21,8 @@ lightly 1.6.0:
 
 with every class that of float64, by every method, and at 40,000 × 2,000 with 0.50, 0.76, 1.59 and 0.83 GB.
 Processor time of ours on one core, which other work disturbs less, is 0.40, 1.38, 5.10 and (80,000 × 4,000)
-20.6 s: it grows as pairs^0.95, at last as pairs^1.01. At 40,000 × 2,000 matrix products are 77 % of it, ranking
-18 %, reading, converting and normalising 4 %, votes 1 %.
+20.6 s: it grows as pairs^0.95, at last as pairs^1.01. At 40,000 × 2,000 matrix products are 77 % of it,
+ranking 18 %, reading, converting and normalising 4 %, votes 1 %.
 """
 
 from __future__ import annotations
