@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader
 from simclr import BadInput, datasets, distributed, stream, transforms
 from simclr.benchmarks import imagenet_knn
 from simclr.datasets import Dataset, Samples
-from simclr.features import Features
 from simclr.model import ResNet
 
 BANK, QUERIES = 10_000, 2_000  # images at most, of the train and of the val split
@@ -34,19 +33,14 @@ def accuracy(backbone: ResNet, dataset: Dataset, image_size: int, workers: int) 
     training, statistics = backbone.training, [buffer.clone() for buffer in backbone.buffers()]
     distributed.from_first(backbone.buffers())
     backbone.eval()
-    train, test = (encode(backbone, each, image_size, workers) for each in (bank, queries))
+    (train, labels), (test, truth) = (encode(backbone, each, image_size, workers) for each in (bank, queries))
     backbone.train(training)
     for buffer, own in zip(backbone.buffers(), statistics, strict=True):
         buffer.copy_(own)
-    if distributed.rank() > 0:
+    if distributed.rank() > 0 or min(len(train), len(test)) == 0:
         return None
-    known = np.isin(test.labels, train.labels)
-    if not known.any():
-        return None
-    test = Features({name: rows[known] for name, rows in test.layers.items()}, test.labels[known])
-    neighbours = min(NEIGHBOURS, len(train.labels))
-    found = imagenet_knn.evaluate(train, test, imagenet_knn.Config(neighbours=[neighbours]))
-    return found[f"k{neighbours}"]
+    predicted = imagenet_knn.classify(train, labels, test, min(NEIGHBOURS, len(train)))
+    return 100 * (predicted == truth).double().mean().item()
 
 
 def evenly(samples: Samples, count: int) -> Samples:
@@ -74,8 +68,8 @@ class Crops:
 
 
 @torch.no_grad()
-def encode(backbone: ResNet, samples: Samples, image_size: int, workers: int) -> Features:
-    """Return the averaged last stage of every sample that can be decoded; each rank encodes a share."""
+def encode(backbone: ResNet, samples: Samples, image_size: int, workers: int) -> tuple[Tensor, Tensor]:
+    """Return features `(N, D)` and labels `(N,)` of all samples that can be decoded; ranks share the work."""
     mine = np.arange(len(samples))[distributed.rank() :: distributed.world_size()]
     device = next(backbone.parameters()).device
     loader = DataLoader(
@@ -91,8 +85,8 @@ def encode(backbone: ResNet, samples: Samples, image_size: int, workers: int) ->
             rows = backbone(batch.to(device, memory_format=torch.channels_last))
             parts.append(torch.cat([rows, decoded.to(device)[:, None]], 1))
     ranks = distributed.gather(torch.cat(parts))
-    rows = torch.empty(len(samples), width + 1)
+    rows = torch.empty(len(samples), width + 1, device=device)
     for rank, part in enumerate(ranks):
-        rows[rank :: len(ranks)] = part.cpu()
+        rows[rank :: len(ranks)] = part
     decoded = rows[:, -1] > 0
-    return Features({imagenet_knn.LAYER: rows[decoded, :-1].numpy()}, samples.labels[decoded.numpy()])
+    return rows[decoded, :-1], torch.from_numpy(samples.labels)[decoded.cpu()]

@@ -99,11 +99,9 @@ def read(path: Path, kind: type[Kind] = Record) -> Kind:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        again = (
-            f"run `snakemake {path}`" if kind is Record else "only the page's table of trainings misses it"
-        )
+        again = f"run `snakemake {path}`" if kind is Record else "the page does without it"
         raise BadInput(
-            f"{path}: not a valid record: {key or 'file'}: {first['msg']}; delete it; {again}"
+            f"{path}: not a valid record: {key or 'file'}: {first['msg']}; delete it and {again}"
         ) from error
 
 

@@ -384,6 +384,9 @@ def test_the_rows_of_mmselfsup_are_its_figures():
     assert found == README_V0_11
 
 
+MACHINE = {"processes": 8, "device": "NVIDIA X", "precision": "float32", "batch_norm_images": 256}
+
+
 def a_pretraining(**changes) -> results.Pretraining:
     values = {
         "checkpoint_sha256": "ab" * 32,
@@ -394,6 +397,7 @@ def a_pretraining(**changes) -> results.Pretraining:
         "images_seen": 256_233_400,
         "skipped_steps": 0,
         "skipped_images": [],
+        "machines": [{"from_step": 0, **MACHINE}],
         "processes": 8,
         "batch_norm_images": 256,
         "precision": "float32",
@@ -418,10 +422,12 @@ def test_the_page_says_what_a_pretraining_saw(tmp_path):
 
 def test_the_page_says_what_a_pretraining_left_out_and_what_batchnorm_saw(tmp_path):
     changes = {"skipped_steps": 2, "skipped_images": ["a.JPEG"], "batch_norm_images": 64}
+    changes["machines"] = [{"from_step": 0, **MACHINE}, {"from_step": 70, **MACHINE, "batch_norm_images": 64}]
     results.write(a_pretraining(**changes, checkpoint_sha256="99" * 32), tmp_path / ZOO / "pretrain.json")
     page = made(tmp_path, a_config(ZOO, imagenet_knn={}), a_record(ZOO, "imagenet_knn", KNN))
     for said in (
         "BatchNorm took its statistics of 64 images at a time, not of all 256 of a step",
+        "from step 70 on: 8 × NVIDIA X, float32, BatchNorm over 64 images",
         "2 steps that were not finite were left out",
         "1 images could not be decoded",
         "its records come from other weights than those of this training",
