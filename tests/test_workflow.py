@@ -192,6 +192,13 @@ def test_after_everything_is_done_nothing_is_to_be_done(finished):
     assert "Nothing to be done" in snakemake(finished, "-n", "all", *DEMO).said
 
 
+def test_how_a_machine_runs_a_recipe_runs_nothing_again(finished):
+    def change(content):
+        content["models"]["simclr"]["execution"] = {"micro_batch": 32, "knn_every": 1}
+
+    assert "Nothing to be done" in snakemake(finished, "-n", "all", *edited(finished, change)).said
+
+
 @pytest.mark.parametrize("name", ["imagenet_knn", "voc0712_detection"])
 def test_editing_a_block_runs_that_benchmark_and_the_page_again(finished, name):
     arguments = edited(finished, lambda content: content["benchmarks"][name].update(version=99))
