@@ -561,6 +561,21 @@ def test_a_dataset_that_vanishes_ends_the_run_with_its_name(spoilt, tmp_path, mo
     assert list(tmp_path.glob("work/*/checkpoint-*.pt"))
 
 
+@pytest.mark.parametrize("pipeline", ["device", "reference"])
+def test_views_follow_from_seed_epoch_and_image_alone(manifest, pipeline):
+    paths = datasets.samples(Dataset.open(manifest), "train").paths
+
+    def view(epoch, image, seed=0):
+        recipe = RECIPE.model_copy(update={"pipeline": pipeline, "seed": seed})
+        (made, *_), undecodable = stream.Views(recipe, Execution(), paths)[epoch, image]
+        assert undecodable == []
+        return made
+
+    assert torch.equal(view(0, 3), view(0, 3))
+    for other in (view(1, 3), view(0, 4), view(0, 3, seed=1)):
+        assert not torch.equal(view(0, 3), other)
+
+
 def test_only_a_dataset_that_fits_is_decoded_beforehand(manifest):
     paths = datasets.samples(Dataset.open(manifest), "train").paths
     needed = IMAGES * 40 * 48 * 3
