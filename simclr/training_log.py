@@ -1,4 +1,4 @@
-"""What a pretraining shows: progress, TensorBoard's log, pretrain.csv, and one picture of it all."""
+"""What a training shows: progress, TensorBoard's log, a CSV file, and one picture of it all."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from simclr import distributed
@@ -35,6 +35,8 @@ class Log:
         self.shown = -math.inf
         self.board = self.bar = None
         if distributed.rank() == 0:
+            from torch.utils.tensorboard import SummaryWriter  # a second, which other trainings need not wait
+
             first = int(rows[-1]["step"]) if rows else 0
             self.board = SummaryWriter(folder / "tensorboard", purge_step=first + 1)
             done, hidden = first + len(open_row), not sys.stderr.isatty()
@@ -131,38 +133,57 @@ def write_csv(rows: list[Row], path: Path) -> None:
         writer.writerows(rows)
 
 
-# Panels of the picture from top to bottom: key of a row, label, relative height.
+class Panel(NamedTuple):
+    """One part of the picture: keys of the rows that it draws, what its axis says, relative height."""
+
+    keys: Sequence[str]
+    label: str
+    height: float
+
+
+# Of a pretraining, from top to bottom.
 PANELS = (
-    ("loss", "NT-Xent", 3),
-    ("lr", "learning rate", 1),
-    ("knn", "kNN top-1, %", 2),
-    ("images_per_second", "images/s", 1),
+    Panel(("loss",), "NT-Xent", 3),
+    Panel(("lr",), "learning rate", 1),
+    Panel(("knn",), "kNN top-1, %", 2),
+    Panel(("images_per_second",), "images/s", 1),
 )
+FEW = 100  # points of a line that are marked; of more, the line alone shows
 
 
-def plot(rows: list[Row], path: Path) -> None:
-    """Draw loss, learning rate, nearest neighbours and throughput over the steps as PNG, on one page.
+def plot(rows: list[Row], path: Path, panels: Sequence[Panel] = PANELS, over: str = "step") -> None:
+    """Draw `panels` over the steps, or over another key of the rows, as PNG, on one page.
 
-    Equal rows give equal bytes; a panel of which no row has a value is left out.
+    Equal rows give equal bytes; a panel of which no row has a value is left out. The first panel shows the
+    range of its values, every other one begins at 0.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [panel for panel in PANELS if any(row[panel[0]] is not None for row in rows)]
-    heights = [height for *_, height in panels]
+    panels = [panel for panel in panels if any(row[key] is not None for row in rows for key in panel.keys)]
+    heights = [panel.height for panel in panels]
     figure, axes = pyplot.subplots(
-        len(panels), sharex=True, figsize=(7, 1 + sum(heights)), height_ratios=heights, layout="constrained"
+        len(panels),
+        sharex=True,
+        squeeze=False,
+        figsize=(7, 1 + sum(heights)),
+        height_ratios=heights,
+        layout="constrained",
     )
-    for axis, (key, label, _) in zip(axes, panels, strict=True):
-        known: list[tuple[Any, Any]] = [(row["step"], row[key]) for row in rows if row[key] is not None]
-        axis.plot(*zip(*known, strict=True), linewidth=1, marker="o" if key == "knn" else None, markersize=3)
-        axis.set_ylabel(label)
+    for axis, panel in zip(axes[:, 0], panels, strict=True):
+        for key in panel.keys:
+            known: list[tuple[Any, Any]] = [(row[over], row[key]) for row in rows if row[key] is not None]
+            marker = "o" if len(known) <= FEW else None
+            axis.plot(*zip(*known, strict=True), linewidth=1, marker=marker, markersize=3, label=key)
+        axis.set_ylabel(panel.label)
         axis.grid(alpha=0.3)
-        if key != "loss":
+        if axis is not axes[0, 0]:
             axis.set_ylim(bottom=0)
-    axes[-1].set_xlabel("step")
+        if len(panel.keys) > 1:
+            axis.legend()
+    axes[-1, 0].set_xlabel(over)
     with replacing(path) as part:
         figure.savefig(part, format="png", dpi=120)
     pyplot.close(figure)
