@@ -1,190 +1,141 @@
-"""What the linear evaluations and semi-supervised fine-tuning share: data, training loop, resume, accuracy.
+"""What the linear evaluations and semi-supervised fine-tuning share: training loop, resume, accuracy.
 
-Every random number is a function of (seed, epoch, index of the image), so a training that was killed and
-resumed, or that loads images in other processes, gives the same result as one that was not.
+A training is a pure function of its config, its backbone and its images (`_images`), so one that was killed
+and resumed ends in the weights of one that was not (bit for bit on a CPU).
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
-import pickle
 import sys
-import zipfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from itertools import islice
+from contextlib import contextmanager
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from simclr import BadInput, distributed, results
-from simclr.benchmarks._training import Training
-from simclr.datasets import Samples, decode, samples
-from simclr.metrics import label_rank
-from simclr.results import replacing
-from simclr.transforms import (
-    center_crop,
-    color_jitter,
-    crop_centre,
-    normalize,
-    random_resized_crop,
-    resize_short_edge,
-    to_tensor,
+from simclr import BadInput, distributed, results, rolling
+from simclr.benchmarks._images import (
+    Images,
+    Transform,
+    load,
+    mine,
+    pieces,
+    plan,
+    steps_per_epoch,
+    still,
+    train_and_val,
 )
+from simclr.benchmarks._training import FrozenTraining, Training
+from simclr.metrics import label_rank
+from simclr.model import ResNet
+from simclr.training_log import Panel, Row, plot, write_csv
 
 if TYPE_CHECKING:
     from simclr.checkpoint import Backbone
     from simclr.datasets import Dataset
 
-Crop = Callable[[Image.Image, np.random.Generator], Image.Image]
-Transform = Callable[[Image.Image, np.random.Generator], Tensor]
 Frozen = Callable[[Tensor], dict[str, Tensor]]
 
-# ---------------------------------------------------------------- transforms
-
-# Principal components of ImageNet's RGB colours in [0, 1] (Krizhevsky et al. 2012; MMSelfSup, Lighting).
-EIGENVALUES = torch.tensor([0.2175, 0.0188, 0.0045])
-EIGENVECTORS = torch.tensor(
-    [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
-)
+SAVE_SECONDS = 120  # between two rolling checkpoints, at least
+SAVE_SHARE = 0.05  # of the time, at most, goes into saving: the heads of 8,142 classes are 3 GB
 
 
-def train_transform(crop: Crop, jitter: float = 0, lighting_std: float = 0) -> Transform:
-    """Return crop → flip → colour jitter → [0, 1] → lighting → normalise: PIL in, `(3, H, W)` out.
+class Job(NamedTuple):
+    """A training on a machine."""
 
-    `jitter` is the range of the brightness, contrast and saturation factors around 1, always on, in random
-    order; `lighting_std` that of AlexNet's noise, before normalisation (MMSelfSup v0.11.0, mhead configs).
+    config: Training
+    run: dict[str, Any]  # all that the result depends on
+    folder: Path  # where the rolling checkpoints lie
+    device: torch.device
+    signals: list[int]  # received, which ask it to stop
+
+    @property
+    def bfloat16(self) -> bool:
+        """Whether the backbone computes in bfloat16: if the config says so and the GPU has it."""
+        on_gpu = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return self.config.precision == "bfloat16" and on_gpu
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """What the record says of how it was trained."""
+        precision = "bfloat16" if self.bfloat16 else "float32"
+        return {"processes": distributed.world_size(), "precision": precision}
+
+
+@contextmanager
+def at_work(work: Path, config: Training, backbone: Backbone, dataset: Dataset) -> Iterator[Job]:
+    """Join the other processes and hold the folder under `work` of exactly this config, backbone and dataset.
+
+    Another config, backbone or dataset gets another folder, so nothing is ever resumed from the wrong state.
+    SIGTERM and SIGUSR1 only ask to stop meanwhile. Raises `BadInput` while another run is in the folder.
     """
-
-    def transform(image: Image.Image, rng: np.random.Generator) -> Tensor:
-        image = crop(image, rng)
-        if rng.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if jitter:
-            image = color_jitter(image, jitter, jitter, jitter, 0, rng)
-        tensor = to_tensor(image)
-        if lighting_std:
-            tensor = lighting(tensor, rng.normal(0, lighting_std, 3))
-        return normalize(tensor)
-
-    return transform
-
-
-def resized_crop(config: Training) -> Crop:
-    """Return the random resized crop of the published configs: bilinear, aspect ratio from 3/4 to 4/3."""
-    return lambda image, rng: random_resized_crop(
-        image, config.image_size, config.crop_area, (3 / 4, 4 / 3), rng
-    )
+    run = {
+        "benchmark": type(config).__module__,
+        "config": config.model_dump(mode="json"),
+        "checkpoint": backbone.checkpoint_sha256,
+        "dataset": dataset.dataset.manifest_sha256,
+    }
+    with (
+        distributed.process_group() as device,
+        results.workplace(work, run) as folder,
+        rolling.stop_signals() as signals,
+    ):
+        # As published. (cuDNN's float32 is TF32 otherwise, of 10 bits.)
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
+        yield Job(config, run, folder, device, signals)
 
 
-def shifted_crop(config: Training) -> Crop:
-    """Return Places205's crop: short edge and central crop to `resize`, then a random `image_size` of it."""
-    size, room = config.image_size, config.resize - config.image_size + 1
-
-    def crop(image: Image.Image, rng: np.random.Generator) -> Image.Image:
-        left, top = (int(edge) for edge in rng.integers(room, size=2))
-        image = crop_centre(resize_short_edge(image, config.resize), config.resize)
-        return image.crop((left, top, left + size, top + size))
-
-    return crop
+# ---------------------------------------------------------------- the frozen backbone
 
 
-def lighting(image: Tensor, alpha: np.ndarray) -> Tensor:
-    """Add Σ alpha·eigenvalue·eigenvector to all pixels of `image` `(3, H, W)` in [0, 1]; `alpha`: `(3,)`."""
-    change = EIGENVECTORS @ (torch.as_tensor(alpha, dtype=torch.float32) * EIGENVALUES)
-    return image + change[:, None, None]
+def frozen_backbone(backbone: Backbone, device: torch.device, bfloat16: bool) -> ResNet:
+    """Return the backbone for forward passes alone: BatchNorm folded in, in channels_last order."""
+    network = folded(backbone.model()).requires_grad_(False)
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    return network.to(device, dtype, memory_format=torch.channels_last)
 
 
-def still_transform(config: Training) -> Transform:
-    """Return the transform of test images: short edge to `resize`, centre crop; nothing is random."""
-    transform = center_crop(config.resize, config.image_size)
-    return lambda image, rng: transform(image)
+def folded(network: ResNet) -> ResNet:
+    """Return a copy of `network`, in evaluation mode, with every BatchNorm folded into its convolution.
 
-
-# ---------------------------------------------------------------- data
-
-
-class Images(torch.utils.data.Dataset):
-    """Transformed images; an item is asked for as (epoch, index), which decide its augmentation."""
-
-    def __init__(self, samples: Samples, transform: Transform, seed: int):
-        self.samples, self.transform, self.seed = samples, transform, seed
-
-    def __len__(self) -> int:
-        return len(self.samples.paths)
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
-        epoch, index = item
-        rng = np.random.default_rng((self.seed, epoch, index))
-        return self.transform(decode(self.samples.paths[index]), rng), int(self.samples.labels[index])
-
-
-def train_and_val(dataset: Dataset) -> tuple[Samples, Samples]:
-    """Return both splits; raises `BadInput` for an empty split or a label that the dataset does not have."""
-    splits = samples(dataset, "train"), samples(dataset, "val")
-    for name, split in zip(("train", "val"), splits, strict=True):
-        check_labels(split, dataset.classes, f"{dataset.name} {name}")
-    return splits
-
-
-def check_labels(split: Samples, classes: int, where: str) -> None:
-    """Raise `BadInput` unless `split` has images and all its labels are in 0 … `classes` - 1."""
-    if len(split.labels) == 0:
-        raise BadInput(f"{where}: expected at least one image, found none")
-    wrong = np.flatnonzero((split.labels < 0) | (split.labels >= classes))
-    if len(wrong):
-        first = wrong[0]
-        raise BadInput(
-            f"{where}: expected labels 0…{classes - 1}, found {split.labels[first]} for "
-            f"{split.paths[first]}; correct the list of the split, or `classes` of the dataset in the config"
-        )
-
-
-def epoch_plan(images: int, config: Training, epoch: int, micro_batch: int) -> list[list[list]]:
-    """Return this process's part of each batch of an epoch, cut in pieces of `micro_batch` (epoch, index).
-
-    The batches themselves, a random permutation cut in pieces, are the same for any number of processes.
+    With the running statistics, BatchNorm is a factor and a summand per channel. The function stays the same,
+    up to rounding.
     """
-    order = np.random.default_rng((config.seed, epoch)).permutation(images).tolist()
-    batches = [order[i : i + config.batch_size] for i in range(0, images, config.batch_size)]
-    rank, world = distributed.rank(), distributed.world_size()
-    if len(batches[-1]) < world:
-        raise BadInput(
-            f"the last batch of an epoch has {len(batches[-1])} images, fewer than the {world} processes; "
-            "start fewer processes"
-        )
-    return [pieces([(epoch, index) for index in batch[rank::world]], micro_batch) for batch in batches]
+    network = copy.deepcopy(network)
+    for module in list(network.modules()):
+        for (conv_name, conv), (norm_name, norm) in pairwise(list(module.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, conv_name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, norm_name, nn.Identity())
+    return network
 
 
-def pieces(items: Sequence, size: int) -> list:
-    """Cut `items` into pieces of `size`; the last one may be shorter."""
-    return [items[i : i + size] for i in range(0, len(items), size)]
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Prove that the block left every parameter and buffer of `module` bit-identical, or raise."""
+    before = fingerprint(module)
+    yield
+    if fingerprint(module) != before:
+        raise RuntimeError("the frozen backbone changed during training, so the result would be wrong")
 
 
-def load(images: Images, plan: Iterable[list[tuple[int, int]]], device: torch.device) -> Iterator:
-    """Yield `(images, labels)` on `device` for each list of (epoch, index) in `plan`, in that order.
-
-    With a GPU, as many processes decode as the job has threads; on the CPU the network needs them itself.
-    """
-    cuda = device.type == "cuda"
-    workers = torch.get_num_threads() if cuda else 0
-    loader = DataLoader(
-        images,
-        batch_sampler=list(plan),
-        num_workers=workers,
-        pin_memory=cuda,
-        multiprocessing_context="fork" if workers else None,
-    )
-    for batch, labels in loader:
-        yield batch.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+def fingerprint(module: nn.Module) -> str:
+    """Return the SHA-256 of every parameter and buffer of `module`, names included."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 # ---------------------------------------------------------------- classifiers
@@ -211,24 +162,6 @@ def synchronised(model: nn.Module) -> nn.Module:
     return distributed.sync_batchnorm(model) if distributed.world_size() > 1 else model
 
 
-@contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
-    """Prove that the block left every parameter and buffer of `module` bit-identical, or raise."""
-    before = fingerprint(module)
-    yield
-    if fingerprint(module) != before:
-        raise RuntimeError("the frozen backbone changed during training, so the result would be wrong")
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Return the SHA-256 of every parameter and buffer of `module`, names included."""
-    digest = hashlib.sha256()
-    for name, value in module.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 # ---------------------------------------------------------------- learning rates
 
 
@@ -250,59 +183,59 @@ class Diverged(BadInput):
 
 
 def fit(
+    job: Job,
     model: Heads,
     optimizer: torch.optim.Optimizer,
     images: Images,
-    config: Training,
     schedule: Callable[[int], float],
-    folder: Path,
-    device: torch.device,
     frozen: Frozen,
     micro_batch: int,
-) -> None:
-    """Train `model` for `config.epochs` epochs, resuming from `folder`, where it writes after every epoch.
+    autocast: bool = False,
+) -> list[Row]:
+    """Train `model` for all epochs, from the newest rolling checkpoint on; return its learning curve.
 
     `frozen` turns images into the inputs of `model`, without gradient, `micro_batch` images at a time; the
     step is then taken on the whole batch at once, so that `micro_batch` does not change what is computed.
-    The loss is the sum of the heads' mean cross-entropies. Raises `Diverged` with step and learning rate.
+    The loss is the sum of the heads' mean cross-entropies; the curve has their means over each epoch.
+    Raises `Diverged` with step and learning rate. SIGTERM and SIGUSR1 end the step, save, and exit with 75.
     """
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
-    first, curve = resume(folder, model, optimizer, device)
-    bar = tqdm(
-        initial=first * len(images),
-        total=config.epochs * len(images),
-        unit="images",
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-        disable=distributed.rank() > 0,
-    )
-    for epoch in range(first, config.epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * schedule(epoch)
-        model.train()
-        totals = torch.zeros(len(model), device=device)
-        plan = epoch_plan(len(images), config, epoch, micro_batch)
-        stream = load(images, (piece for batch in plan for piece in batch), device)
-        for step, batch in enumerate(plan):
-            inputs, labels = whole_batch(islice(stream, len(batch)), frozen)
-            size = min(config.batch_size, len(images) - step * config.batch_size)
-            losses = torch.stack(
-                [F.cross_entropy(x, labels, reduction="sum") / size for x in model(inputs).values()]
-            )
+    state = resume(job, model, optimizer)
+    per_epoch = steps_per_epoch(len(images), job.config)
+    last = per_epoch * job.config.epochs
+    items = plan(len(images), job.config, micro_batch, state["step"])
+    model.train()
+    saved, pause = time.monotonic(), SAVE_SECONDS
+    with progress(job, images, state) as bar, load(images, items, job.device) as stream:
+        for step in range(state["step"] + 1, last + 1):
+            epoch, batch = divmod(step - 1, per_epoch)
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * schedule(epoch)
+            size = min(job.config.batch_size, len(images) - batch * job.config.batch_size)
+            parts = islice(stream, math.ceil(len(mine(range(size))) / micro_batch))
+            with torch.autocast(job.device.type, torch.bfloat16, enabled=autocast):
+                losses = head_losses(model, *whole_batch(parts, frozen)) / size
             optimizer.zero_grad()
             losses.sum().backward()
             share_gradients(model)
-            losses = distributed.total(losses)
-            check_finite(losses, epoch * len(plan) + step, optimizer)
+            found, stopping = agree(job, losses)
+            check_finite(found, step - 1, optimizer)
             optimizer.step()
-            totals += size * losses
+
+            state["sums"] = [total + size * loss for total, loss in zip(state["sums"], found, strict=True)]
+            if step % per_epoch == 0:
+                end_epoch(state, model, epoch, optimizer, len(images))
+                bar.set_postfix_str(said(state["curve"][-1]), refresh=False)
             bar.update(size)
-        means = dict(zip(model, (totals / len(images)).tolist(), strict=True))
-        curve.append({"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], **means})
-        bar.set_postfix({name: f"{loss:.3f}" for name, loss in means.items()}, refresh=False)
-        if distributed.rank() == 0:
-            save(folder, model, optimizer, curve)
-    bar.close()
+            if step == last or stopping or time.monotonic() - saved > pause:
+                started = time.monotonic()
+                save(job, step, model, optimizer, state)
+                saved = time.monotonic()
+                pause = max(SAVE_SECONDS, (saved - started) / SAVE_SHARE)
+            if stopping and step < last:
+                stop(f"after step {step} of {last}")
+    return state["curve"]
 
 
 @torch.no_grad()
@@ -312,6 +245,11 @@ def whole_batch(parts: Iterable[tuple[Tensor, Tensor]], frozen: Frozen) -> tuple
     return {name: torch.cat([part[name] for part in inputs]) for name in inputs[0]}, torch.cat(labels)
 
 
+def head_losses(model: Heads, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    """Return each head's cross-entropy, summed over this process's share of the batch, `(heads,)`."""
+    return torch.stack([F.cross_entropy(x, labels, reduction="sum") for x in model(inputs).values()])
+
+
 def share_gradients(model: nn.Module) -> None:
     """Replace every gradient by its sum over the processes, each of which divided by the whole batch."""
     if distributed.world_size() > 1:
@@ -319,84 +257,126 @@ def share_gradients(model: nn.Module) -> None:
             parameter.grad = distributed.total(parameter.grad)
 
 
-def check_finite(losses: Tensor, step: int, optimizer: torch.optim.Optimizer) -> None:
+def agree(job: Job, losses: Tensor) -> tuple[list[float], bool]:
+    """Return the losses `(heads,)` summed over the processes, and whether any of these was asked to stop."""
+    asked = losses.new_tensor([float(bool(job.signals))])
+    *found, asked = distributed.total(torch.cat([losses, asked])).tolist()  # the device is waited for once
+    return found, asked > 0
+
+
+def check_finite(losses: list[float], step: int, optimizer: torch.optim.Optimizer) -> None:
     """Raise `Diverged` when a loss is infinite or NaN."""
-    if not torch.isfinite(losses).all():
+    if not all(map(math.isfinite, losses)):
         rates = ", ".join(f"{group['lr']:g}" for group in optimizer.param_groups)
         raise Diverged(
-            f"training diverged: the loss is {losses.sum().item()} at step {step} with a learning rate of "
-            f"{rates}; choose a smaller lr, and check the backbone"
+            f"training diverged: the loss is {sum(losses)} at step {step} with a learning rate of {rates}; "
+            "choose a smaller lr, and check the backbone"
         )
 
 
+# ---------------------------------------------------------------- what is shown
+
+
+def progress(job: Job, images: Images, state: dict[str, Any]) -> tqdm:
+    """Return a bar over the images of all epochs, with rate and time left; in a log, two a minute."""
+    per_epoch = steps_per_epoch(len(images), job.config)
+    epoch, step = divmod(state["step"], per_epoch)
+    return tqdm(
+        initial=epoch * len(images) + step * job.config.batch_size,
+        total=job.config.epochs * len(images),
+        unit="images",
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        disable=distributed.rank() > 0,
+    )
+
+
+def end_epoch(
+    state: dict[str, Any], model: Heads, epoch: int, optimizer: torch.optim.Optimizer, images: int
+) -> None:
+    """Add an epoch to the learning curve: its learning rate, and each head's mean loss."""
+    means = {name: total / images for name, total in zip(model, state["sums"], strict=True)}
+    state["curve"].append({"epoch": epoch + 1, "lr": optimizer.param_groups[0]["lr"], **means})
+    state["sums"] = [0.0] * len(model)
+
+
+def said(row: Row) -> str:
+    """Return a row of the learning curve in one line."""
+    return f"epoch {row['epoch']} " + " ".join(f"{key} {row[key]:.3f}" for key in row if key != "epoch")
+
+
+def write_curve(curve: list[Row], path: Path | None) -> None:
+    """Write the learning curve as CSV to `path`, and as PNG beside it; nothing without a path."""
+    if path is None or distributed.rank() > 0:
+        return
+    rates = [key for key in curve[0] if key.startswith("lr")]
+    losses = [key for key in curve[0] if key not in ("epoch", *rates)]
+    write_csv(curve, path)
+    panels = Panel(losses, "training loss", 3), Panel(rates, "learning rate", 1)
+    plot(curve, path.with_suffix(".png"), panels, over="epoch")
+
+
+# ---------------------------------------------------------------- stopping and going on
+
+
+def save(
+    job: Job, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Write the rolling checkpoint after `step` steps, whole or not at all, and the learning curve so far."""
+    if distributed.rank() == 0:
+        held = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        rolling.save(job.folder, step, job.run, state | held)
+        if state["curve"]:
+            write_csv(state["curve"], job.folder / "curve.csv")
+
+
+def resume(job: Job, model: Heads, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Load the newest rolling checkpoint, if there is one; return step, curve, and the open epoch's sums."""
+    state = rolling.newest(job.folder, job.run)
+    if state is None:
+        return {"step": 0, "curve": [], "sums": [0.0] * len(model)}
+    model.load_state_dict(state.pop("model"), strict=True)
+    optimizer.load_state_dict(state.pop("optimizer"))
+    return state
+
+
+def stop(where: str) -> None:
+    """Exit with the status that says: start again to go on."""
+    if distributed.rank() == 0:
+        print(f"stopped {where}; the same command goes on", file=sys.stderr)
+    sys.exit(rolling.STOPPED)
+
+
+# ---------------------------------------------------------------- testing
+
+
 @torch.no_grad()
-def accuracy(
-    model: Heads, images: Images, device: torch.device, frozen: Frozen, batch_size: int
-) -> dict[str, float]:
-    """Return `{name}` and `{name}_top5` in percent for each head of `model`, in evaluation mode."""
+def accuracy(job: Job, model: Heads, images: Images, frozen: Frozen, batch_size: int) -> dict[str, float]:
+    """Return `{name}` and `{name}_top5` in percent for each head of `model`, in evaluation mode.
+
+    A training that is asked to stop has been saved by now, so this exits at once.
+    """
     model.eval()
-    mine = [(0, index) for index in range(len(images))][distributed.rank() :: distributed.world_size()]
+    share = mine([(0, index) for index in range(len(images))])
+    of_all_ranks = len(images) // distributed.world_size() // batch_size  # batches; some have one more
     hits, finite = torch.zeros(len(model), 2, dtype=torch.int64), True
-    for batch, labels in load(images, pieces(mine, batch_size), device):
-        for row, logits in zip(hits, model(frozen(batch)).values(), strict=True):
-            finite = finite and bool(torch.isfinite(logits).all())
-            if finite:
-                ranks = torch.from_numpy(label_rank(logits.cpu().numpy(), labels.cpu().numpy()))
-                row += torch.stack([(ranks < 1).sum(), (ranks < 5).sum()])
+    with load(images, pieces(share, batch_size), job.device) as stream:
+        for number, (batch, labels) in enumerate(stream):
+            if number < of_all_ranks and distributed.any_rank(bool(job.signals), job.device):
+                stop("while testing")
+            for row, logits in zip(hits, model(frozen(batch)).values(), strict=True):
+                finite = finite and bool(torch.isfinite(logits).all())
+                if finite:
+                    ranks = torch.from_numpy(label_rank(logits.cpu().numpy(), labels.cpu().numpy()))
+                    row += torch.stack([(ranks < 1).sum(), (ranks < 5).sum()])
     # All ranks together, for none may wait for one that has given up.
-    if distributed.any_rank(not finite, device):
+    if distributed.any_rank(not finite, job.device):
         raise Diverged("training diverged: the classifier gives infinity or NaN; choose a smaller lr")
-    percent = 100 * distributed.total(hits.to(device)).double() / len(images)
+    percent = 100 * distributed.total(hits.to(job.device)).double() / len(images)
     return {
         key: value
         for name, row in zip(model, percent.tolist(), strict=True)
         for key, value in zip((name, f"{name}_top5"), row, strict=True)
     }
-
-
-# ---------------------------------------------------------------- the work folder
-
-
-def workplace(
-    work: Path, config: Training, backbone: Backbone, dataset: Dataset
-) -> AbstractContextManager[Path]:
-    """Hold and yield the folder under `work` of exactly this config, backbone and dataset.
-
-    Another config, backbone or dataset gets another folder, so nothing is ever resumed from the wrong state.
-    Raises `BadInput` while another run is in it.
-    """
-    run = {
-        "benchmark": type(config).__module__,
-        "config": config.model_dump(mode="json"),
-        "checkpoint": backbone.checkpoint_sha256,
-        "dataset": dataset.dataset.manifest_sha256,
-    }
-    return results.workplace(work, run)
-
-
-def save(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, curve: list[dict]) -> None:
-    """Write the rolling checkpoint `state.pt` and the learning curve `curve.csv`, whole or not at all."""
-    with replacing(folder / "state.pt") as part:
-        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}, part)
-    with replacing(folder / "curve.csv") as part:
-        rows = [",".join(curve[0]), *(",".join(map(str, row.values())) for row in curve)]
-        part.write_text("\n".join(rows) + "\n")
-
-
-def resume(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
-) -> tuple[int, list[dict[str, Any]]]:
-    """Load the rolling checkpoint of `folder`, if any; return the next epoch and the curve so far."""
-    path = folder / "state.pt"
-    if not path.exists():
-        return 0, []
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise BadInput(f"{path}: expected a whole rolling checkpoint; delete it to begin again") from error
-    model.load_state_dict(state["model"], strict=True)
-    optimizer.load_state_dict(state["optimizer"])
-    return len(state["curve"]), state["curve"]
 
 
 # ---------------------------------------------------------------- frozen protocols
@@ -405,8 +385,9 @@ def resume(
 def linear_evaluation(
     backbone: Backbone,
     dataset: Dataset,
-    config: Training,
+    config: FrozenTraining,
     work: Path,
+    curve: Path | None,
     *,
     transform: Transform,
     heads: Callable[[Mapping[str, int], int, torch.Generator], Heads],
@@ -416,24 +397,30 @@ def linear_evaluation(
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Train `heads` on the frozen backbone's `inputs`; return val top-1 and top-5 in percent, and details.
 
-    `heads(channels, classes, generator)` makes the classifiers, `inputs(network, images)` what they see.
-    Accuracy is that of the last epoch, never of the best. Raises `RuntimeError` if the backbone is not
-    bit-identical afterwards.
+    `heads(channels, classes, generator)` makes the classifiers, `inputs(network, images)` what they see, all
+    of them from one forward pass. Accuracy is that of the last epoch, never of the best. `curve` is the CSV
+    file of the learning curve. Raises `RuntimeError` if the backbone is not bit-identical afterwards.
     """
-    train, val = train_and_val(dataset)
-    with distributed.process_group() as device, workplace(work, config, backbone, dataset) as folder:
-        network = backbone.model().requires_grad_(False).to(device)
+    train, val = train_and_val(dataset, config)
+    with at_work(work, config, backbone, dataset) as job:
+        network = frozen_backbone(backbone, job.device, job.bfloat16)
         first_weights = torch.Generator().manual_seed(config.seed)
-        model = synchronised(heads(network.channels, dataset.classes, first_weights).to(device))
+        model = synchronised(heads(network.channels, dataset.classes, first_weights).to(job.device))
+        dtype = network.conv1.weight.dtype
 
         def frozen(images: Tensor) -> dict[str, Tensor]:
-            return inputs(network, images)
+            features = inputs(network, images.to(dtype))
+            return {name: x.float().contiguous() for name, x in features.items()}
 
-        test = Images(val, still_transform(config), config.seed)
-        data = Images(train, transform, config.seed)
-        arguments = (config, schedule, folder, device, frozen, config.micro_batch)
+        data, test = Images(train, transform, config.seed), Images(val, still(config), config.seed)
         with unchanged(network):
-            fit(model, optimizer(model.parameters()), data, *arguments)
-            metrics = accuracy(model, test, device, frozen, config.micro_batch)
-        details = {"train_images": len(data), "val_images": len(test), "epoch": config.epochs}
+            arguments = (frozen, config.micro_batch)
+            learnt = fit(job, model, optimizer(model.parameters()), data, schedule, *arguments)
+            metrics = accuracy(job, model, test, *arguments)
+        if results.sha256(backbone.path) != backbone.checkpoint_sha256:
+            raise BadInput(
+                f"{backbone.path}: replaced during the training; start again to evaluate what is there now"
+            )
+        write_curve(learnt, curve)
+        details = {"train_images": len(data), "val_images": len(test), "epoch": config.epochs, **job.machine}
         return metrics, details

@@ -14,22 +14,20 @@ import torch
 from torch import nn
 
 from simclr import BadInput, datasets, distributed
+from simclr.benchmarks._images import Images, check_labels, moving, still
 from simclr.benchmarks._linear import (
     Diverged,
     Heads,
-    Images,
+    Job,
     accuracy,
-    check_labels,
     classifier,
     fit,
-    resized_crop,
     steps,
-    still_transform,
     synchronised,
-    train_transform,
 )
 from simclr.datasets import Samples
 from simclr.results import replacing
+from simclr.training_log import Row
 
 if TYPE_CHECKING:
     from simclr.benchmarks.imagenet_semi import Config
@@ -42,10 +40,31 @@ if TYPE_CHECKING:
 def labelled_subset(dataset: Dataset, train: Samples, percent: int, config: Config) -> Samples:
     """Return the labelled images: those of the dataset's list, or drawn from `train` (`config.subsets`)."""
     if config.subsets == "listed":
-        subset = datasets.subset(dataset, f"train_{percent}percent")
-        check_labels(subset, dataset.classes, f"{dataset.name} train_{percent}percent")
+        subset, where = (
+            datasets.subset(dataset, f"train_{percent}percent"),
+            f"{dataset.name} {percent} % list",
+        )
+        check_labels(subset, dataset.classes, where)
+        check_balanced(subset, dataset.classes, where)
         return subset
     return choose(train, draw(train.labels, dataset.classes, percent, config.seed))
+
+
+def check_balanced(subset: Samples, classes: int, where: str) -> None:
+    """Raise `BadInput` unless each class has as many images as any other, or one more, and none twice."""
+    counts = np.bincount(subset.labels, minlength=classes)
+    least, most = int(counts.argmin()), int(counts.argmax())
+    if counts[most] - counts[least] > 1:
+        raise BadInput(
+            f"{where}: expected as many images of each class, or one more, found {counts[least]} of class "
+            f"{least} and {counts[most]} of class {most}; fetch the list again"
+        )
+    distinct = len({str(path) for path in subset.paths})
+    if distinct < len(subset):
+        raise BadInput(
+            f"{where}: expected every image once, found {len(subset)} lines of {distinct} images; fetch the "
+            "list again"
+        )
 
 
 def draw(labels: np.ndarray, classes: int, percent: int, seed: int) -> np.ndarray:
@@ -103,17 +122,17 @@ def digest(samples: Samples, root: Path) -> str:
 
 
 def choose_and_refit(
-    tune: Callable[..., dict[str, float | None]],
+    tune: Callable[..., dict[str, Any]],
     labelled: Samples,
     val: Samples,
     config: Config,
     folder: Path,
-) -> tuple[dict[str, float], dict[str, Any]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Try every cell of the grid on a held-out part of `labelled`, then train on all of it with the best.
 
-    `tune(train, test, lr, head_multiplier, folder)` is one fine-tuning. Returns top-1 and top-5 on `val` in
-    percent, and details. The best cell has the highest top-1, then top-5; of equal cells the first is taken.
-    Raises `Diverged` when all diverge.
+    `tune(train, test, lr, head_multiplier, folder)` is one fine-tuning. Returns what it gives for the best
+    cell, on `val`, and details. The best cell has the highest top-1, then top-5; of equal cells the first is
+    taken. Raises `Diverged` when all diverge.
     """
     part, held_out = (
         choose(labelled, each) for each in hold_out(labelled.labels, config.held_out, config.seed)
@@ -122,7 +141,7 @@ def choose_and_refit(
     for lr, head_multiplier in product(config.lrs, config.head_multipliers):
         cell = {"lr": lr, "head_multiplier": head_multiplier}
         result = tune(part, held_out, **cell, folder=folder / f"lr{lr:g}_head{head_multiplier:g}")
-        grid.append({**cell, **result})
+        grid.append({**cell, "top1": result["top1"], "top5": result["top5"]})
     finite = [cell for cell in grid if cell["top1"] is not None]
     if not finite:
         raise Diverged(f"all {len(grid)} cells of the grid diverged; add smaller values to lrs")
@@ -140,50 +159,81 @@ def choose_and_refit(
 
 
 def fine_tune(
+    job: Job,
     backbone: Backbone,
     classes: int,
-    config: Config,
     weight_decay: float,
-    device: torch.device,
     train: Samples,
     test: Samples,
     lr: float,
     head_multiplier: float,
     folder: Path,
-) -> dict[str, float | None]:
-    """Train every parameter of backbone and classifier; return top-1 and top-5 on `test` in percent.
+) -> dict[str, Any]:
+    """Train all of backbone and classifier; return `top1` and `top5` on `test` in percent, and `curve`.
 
-    BatchNorm is in training mode. Both values are None when the training diverges. `folder` keeps the result,
-    and until then the rolling checkpoint.
+    BatchNorm is in training mode. Both values are None when the training diverges. `folder`, in the job's,
+    keeps the result, and until then the rolling checkpoints.
     """
     finished = folder / "result.json"
     if finished.exists():
         return json.loads(finished.read_text())
-    network = backbone.model()
+    job = job._replace(folder=folder, run={**job.run, "fine_tuning": str(folder.relative_to(job.folder))})
+    config = job.config
+    network = backbone.model().to(memory_format=torch.channels_last)
     head = classifier(network.channels["avgpool"], classes, torch.Generator().manual_seed(config.seed))
-    model = synchronised(Heads({"image": nn.Sequential(network, head)}).to(device))
-    groups = [
-        {"params": network.parameters(), "lr": lr},
-        {"params": head.parameters(), "lr": lr * head_multiplier},
-    ]
-    optimizer = torch.optim.SGD(groups, momentum=config.momentum, weight_decay=weight_decay)
-    images = Images(train, train_transform(resized_crop(config)), config.seed)
-    tests = Images(test, still_transform(config), config.seed)
+    model = synchronised(Heads({"image": nn.Sequential(network, head)}).to(job.device))
+    optimizer = sgd(config, network, head, lr, head_multiplier, weight_decay)
+    images, tests = (
+        Images(split, transform, config.seed)
+        for split, transform in ((train, moving(config)), (test, still(config)))
+    )
     schedule = steps(config.milestones, 0.2)
-    result = {"top1": None, "top5": None}
+    result: dict[str, Any] = {"top1": None, "top5": None, "curve": []}
     try:
-        fit(model, optimizer, images, config, schedule, folder, device, as_image, config.batch_size)
-        found = accuracy(model, tests, device, as_image, config.batch_size)
-        result = {"top1": found["image"], "top5": found["image_top5"]}
+        at_once = config.batch_size
+        result["curve"] = fit(
+            job, model, optimizer, images, schedule, as_image, at_once, autocast=job.bfloat16
+        )
+        found = accuracy(job, model, tests, as_image, at_once)
+        result |= {"top1": found["image"], "top5": found["image_top5"]}
     except Diverged as error:
         print(f"lr {lr:g}, head × {head_multiplier:g}: {error}", flush=True)
     if distributed.rank() == 0:
         with replacing(finished) as part:
             part.write_text(json.dumps(result) + "\n")
-        (folder / "state.pt").unlink(missing_ok=True)
+        for checkpoint in folder.glob("checkpoint-*.pt"):
+            checkpoint.unlink()
     return result
+
+
+def sgd(
+    config: Config,
+    network: nn.Module,
+    head: nn.Module,
+    lr: float,
+    head_multiplier: float,
+    weight_decay: float,
+) -> torch.optim.SGD:
+    """Return SGD, without Nesterov's momentum, of backbone and head at their rates; all is decayed."""
+    groups = [
+        {"params": network.parameters(), "lr": lr},
+        {"params": head.parameters(), "lr": lr * head_multiplier},
+    ]
+    return torch.optim.SGD(groups, momentum=config.momentum, weight_decay=weight_decay)
 
 
 def as_image(images: torch.Tensor) -> dict[str, torch.Tensor]:
     """Name the images as the input of the one head, which is the whole network."""
     return {"image": images}
+
+
+def merged(curves: dict[int, list[Row]]) -> list[Row]:
+    """Return the learning curves of several fine-tunings, percent → rows, as one with columns for each."""
+    return [
+        {
+            "epoch": rows[0]["epoch"],
+            **{f"lr_{percent}percent": row["lr"] for percent, row in zip(curves, rows, strict=True)},
+            **{f"loss_{percent}percent": row["image"] for percent, row in zip(curves, rows, strict=True)},
+        }
+        for rows in zip(*curves.values(), strict=True)
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -31,6 +31,11 @@ class Training(Protocol):
     batch_size: int = Field(ge=1, description="Images per step over all processes.")
     epochs: int = Field(ge=1, description="Passes over the training images; the last one is reported.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Of the optimiser (MMSelfSup v0.11.0).")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="Of the backbone's forward pass. float32: as published. bfloat16: on GPUs that have it, "
+        "float32 elsewhere; classifiers on a frozen backbone are float32 anyway.",
+    )
     seed: int = Field(
         0,
         ge=0,
@@ -51,7 +56,7 @@ class Training(Protocol):
 
 
 class FrozenTraining(Training):
-    """A training on the features of a frozen backbone."""
+    """A training of classifiers on the features of a frozen backbone."""
 
     lr: float = Field(gt=0, description="Learning rate of the first epoch.")
     weight_decay: float = Field(ge=0, description="L2 penalty of every trained parameter, biases included.")

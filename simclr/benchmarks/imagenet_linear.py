@@ -7,6 +7,7 @@ is the last epoch.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,30 +46,37 @@ class Config(FrozenTraining):
     )
 
 
-def evaluate(backbone: Backbone, dataset: Dataset, config: Config, work: Path) -> Metrics:
+def evaluate(
+    backbone: Backbone, dataset: Dataset, config: Config, work: Path, curve: Path | None = None
+) -> Metrics:
     """Return top-1 (`avgpool`) and top-5 (`avgpool_top5`) on the val split in percent.
 
-    `work` holds the rolling checkpoint and the learning curve. Raises `BadInput` for labels that the dataset
-    does not have, for a diverging training, and while another run uses the same state in `work`.
+    `work` holds the rolling checkpoints; `curve` is the CSV file of the learning curve, with a picture beside
+    it. Raises `BadInput` for another dataset, for labels that the dataset does not have, for a diverging
+    training, and while another run uses the same state.
     """
-    from simclr.benchmarks import _linear
-    from simclr.optim import LARS
-
-    def lars(parameters: Any) -> LARS:
-        return LARS(parameters, config.lr, config.momentum, config.weight_decay, config.trust_coefficient)
+    from simclr.benchmarks import _images, _linear
 
     metrics, details = _linear.linear_evaluation(
         backbone,
         dataset,
         config,
         work,
-        transform=_linear.train_transform(_linear.resized_crop(config)),
+        curve,
+        transform=_images.moving(config),
         heads=one_head,
         inputs=lambda network, images: {"avgpool": network(images)},
-        optimizer=lars,
+        optimizer=partial(lars, config),
         schedule=_linear.cosine(config.epochs),
     )
     return Metrics(metrics, details=details)
+
+
+def lars(config: Config, parameters: Any) -> Any:
+    """Return LARS, which adapts weights and bias alike."""
+    from simclr.optim import LARS
+
+    return LARS(parameters, config.lr, config.momentum, config.weight_decay, config.trust_coefficient)
 
 
 def one_head(channels: dict[str, int], classes: int, generator: Any) -> Any:

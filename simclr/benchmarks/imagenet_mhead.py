@@ -8,6 +8,7 @@ published the last.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -74,44 +75,45 @@ class Config(FrozenTraining):
         return self
 
 
-def evaluate(backbone: Backbone, dataset: Dataset, config: Config, work: Path) -> Metrics:
+def evaluate(
+    backbone: Backbone, dataset: Dataset, config: Config, work: Path, curve: Path | None = None
+) -> Metrics:
     """Return top-1 (`feature1` …) and top-5 (`feature1_top5` …) on the val split in percent.
 
-    `work` holds the rolling checkpoint and the learning curve. Raises `BadInput` for labels that the dataset
-    does not have, for a diverging training, and while another run uses the same state in `work`.
+    All heads learn from one forward pass per batch. `work` holds the rolling checkpoints; `curve` is the CSV
+    file of the learning curve, with a picture beside it. Raises `BadInput` for another dataset, for labels
+    that the dataset does not have, for a diverging training, and while another run uses the same state.
     """
     import torch
 
-    from simclr.benchmarks import _linear
+    from simclr.benchmarks import _images, _linear
     from simclr.model import pool_layer
-
-    crop = _linear.resized_crop(config) if config.crop == "random_resized" else _linear.shifted_crop(config)
 
     def pooled(network: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
         features = network.forward_features(images)
         return {layer: pool_layer(layer, features[layer], config.pooling) for layer in COLUMNS}
-
-    def sgd(parameters: Any) -> torch.optim.SGD:
-        return torch.optim.SGD(
-            parameters,
-            config.lr,
-            config.momentum,
-            weight_decay=config.weight_decay,
-            nesterov=config.momentum > 0,
-        )
 
     metrics, details = _linear.linear_evaluation(
         backbone,
         dataset,
         config,
         work,
-        transform=_linear.train_transform(crop, config.jitter, config.lighting),
+        curve,
+        transform=_images.moving(config, config.crop, config.jitter, config.lighting),
         heads=five_heads,
         inputs=pooled,
-        optimizer=sgd,
+        optimizer=partial(sgd, config),
         schedule=_linear.steps(config.milestones, 0.1),
     )
     return Metrics(metrics, details=details)
+
+
+def sgd(config: Config, parameters: Any) -> Any:
+    """Return SGD with Nesterov's momentum, which decays weights and biases alike."""
+    from torch.optim import SGD
+
+    nesterov = config.momentum > 0
+    return SGD(parameters, config.lr, config.momentum, weight_decay=config.weight_decay, nesterov=nesterov)
 
 
 def five_heads(channels: dict[str, int], classes: int, generator: Any) -> Any:

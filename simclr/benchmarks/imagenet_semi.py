@@ -66,35 +66,40 @@ class Config(Training):
     weight_decay_10percent: float = Field(1e-4, ge=0, description="L2 penalty of all parameters with 10 %.")
 
 
-def evaluate(backbone: Backbone, dataset: Dataset, config: Config, work: Path) -> Metrics:
+def evaluate(
+    backbone: Backbone, dataset: Dataset, config: Config, work: Path, curve: Path | None = None
+) -> Metrics:
     """Return top-1 and top-5 in percent for 1 % and 10 % of the labels.
 
     Details hold, for each, where the subset comes from, its hash, the held-out accuracy of every cell of the
-    grid (null: the training diverged), and the chosen cell. `work` holds the state of every fine-tuning.
-    Raises `BadInput` when a subset's list is missing, when every cell diverges, or while another
-    run uses this `work`.
+    grid (null: the training diverged), and the chosen cell. `work` holds the state of every fine-tuning;
+    `curve` is the CSV file of the two chosen ones' learning curves, with a picture beside it. Raises
+    `BadInput` for another dataset, when a subset's list is missing or not balanced, when every cell diverges,
+    or while another run uses the same state.
     """
     from functools import partial
 
-    from simclr import distributed
-    from simclr.benchmarks import _semi
-    from simclr.benchmarks._linear import train_and_val, workplace
+    from simclr.benchmarks import _linear, _semi
+    from simclr.benchmarks._images import train_and_val
 
-    train, val = train_and_val(dataset)
+    train, val = train_and_val(dataset, config)
     decays = {1: config.weight_decay_1percent, 10: config.weight_decay_10percent}
-    metrics = Metrics()
-    with distributed.process_group() as device, workplace(work, config, backbone, dataset) as folder:
+    metrics, curves = Metrics(), {}
+    with _linear.at_work(work, config, backbone, dataset) as job:
         for percent, decay in decays.items():
             labelled = _semi.labelled_subset(dataset, train, percent, config)
-            tune = partial(_semi.fine_tune, backbone, dataset.classes, config, decay, device)
-            result, details = _semi.choose_and_refit(
-                tune, labelled, val, config, folder / f"{percent}percent"
+            tune = partial(_semi.fine_tune, job, backbone, dataset.classes, decay)
+            found, details = _semi.choose_and_refit(
+                tune, labelled, val, config, job.folder / f"{percent}percent"
             )
-            metrics[f"top1_{percent}percent"] = result["top1"]
-            metrics[f"top5_{percent}percent"] = result["top5"]
+            metrics[f"top1_{percent}percent"] = found["top1"]
+            metrics[f"top5_{percent}percent"] = found["top5"]
+            curves[percent] = found["curve"]
             metrics.details[f"{percent}percent"] = {
                 "subset": config.subsets,
                 "subset_sha256": _semi.digest(labelled, dataset.root),
                 **details,
             }
+        metrics.details |= job.machine
+        _linear.write_curve(_semi.merged(curves), curve)
     return metrics

@@ -39,6 +39,8 @@ class Config(imagenet_mhead.Config):
     )
 
 
-def evaluate(backbone: Backbone, dataset: Dataset, config: Config, work: Path) -> Metrics:
+def evaluate(
+    backbone: Backbone, dataset: Dataset, config: Config, work: Path, curve: Path | None = None
+) -> Metrics:
     """Return what `imagenet_mhead.evaluate` does, on this dataset and with this config."""
-    return imagenet_mhead.evaluate(backbone, dataset, config, work)
+    return imagenet_mhead.evaluate(backbone, dataset, config, work, curve)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,12 +20,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from simclr import BadInput, distributed
-from simclr.benchmarks import _linear
+from simclr import BadInput, distributed, rolling
+from simclr.augment import augment
+from simclr.benchmarks import _images, _linear, imagenet_linear, imagenet_mhead
 from simclr.benchmarks._training import FrozenTraining
-from simclr.datasets import Samples
+from simclr.checkpoint import Backbone
+from simclr.datasets import Dataset, Samples
+from simclr.model import GRID, resnet
 from simclr.optim import LARS
-from simclr.transforms import MEAN, STD
 
 CPU = torch.device("cpu")
 CONFIG = FrozenTraining(
@@ -35,7 +44,11 @@ def images(tmp_path):
         pixels = rng.normal(60 + 60 * np.eye(3)[label], 30, (20, 24, 3)).clip(0, 255)
         Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{i}.png")
     samples = Samples([tmp_path / f"{i}.png" for i in range(21)], labels)
-    return _linear.Images(samples, _linear.train_transform(_linear.resized_crop(CONFIG), 0.4, 0.1), seed=5)
+    return _images.Images(samples, _images.moving(CONFIG, jitter=0.4, lighting=0.1), seed=5)
+
+
+def job(folder, config=CONFIG, signals=()):
+    return _linear.Job(config, {"config": config.model_dump(mode="json")}, folder, CPU, list(signals))
 
 
 def means(batch):
@@ -51,106 +64,80 @@ def train(images, folder, config=CONFIG, heads=None, frozen=means, optimizer=LAR
     heads = heads or new_heads()
     sgd = optimizer(heads.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
     schedule = _linear.steps((2,), 0.1)
-    _linear.fit(heads, sgd, images, config, schedule, folder, CPU, frozen, config.micro_batch)
+    heads.curve = _linear.fit(job(folder, config), heads, sgd, images, schedule, frozen, config.micro_batch)
     return heads
 
 
-# ---------------------------------------------------------------- transforms
+# ---------------------------------------------------------------- the frozen backbone
 
 
-def test_lighting_by_hand():
-    alpha = np.array([1.0, -2.0, 10.0])
-    # Red: −0.5675·0.2175·1 + 0.7192·0.0188·(−2) + 0.4009·0.0045·10
-    red = -0.5675 * 0.2175 - 2 * 0.7192 * 0.0188 + 10 * 0.4009 * 0.0045
-    green = -0.5808 * 0.2175 + 2 * 0.0045 * 0.0188 - 10 * 0.8140 * 0.0045
-    blue = -0.5836 * 0.2175 + 2 * 0.6948 * 0.0188 + 10 * 0.4203 * 0.0045
-    image = torch.rand(3, 4, 5)
-    expected = image + torch.tensor([red, green, blue])[:, None, None]
-    torch.testing.assert_close(_linear.lighting(image, alpha), expected)
+@pytest.fixture(params=["resnet18_w0.25", "resnet50_w0.25"])
+def network(request):
+    """A network in evaluation mode whose BatchNorms are all different, as after a training."""
+    torch.manual_seed(0)
+    network = resnet(request.param).eval().requires_grad_(False)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_(0, 0.3)
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+    return network
 
 
-def test_lighting_comes_before_normalisation():
-    grey = Image.new("RGB", (16, 16), (128, 128, 128))
-
-    def whole(image, rng):
-        return image
-
-    rng = np.random.default_rng(0)
-    rng.random()  # the flip
-    expected = _linear.lighting(torch.full((3, 16, 16), 128 / 255), rng.normal(0, 0.1, 3))
-    expected = (expected - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
-    found = _linear.train_transform(whole, lighting_std=0.1)(grey, np.random.default_rng(0))
-    torch.testing.assert_close(found, expected)
-
-
-def test_jitter_is_always_on_and_leaves_the_hue():
-    orange = Image.new("RGB", (8, 8), (160, 120, 80))
-    transform = _linear.train_transform(lambda image, rng: image, jitter=0.4)
-    for seed in range(20):
-        pixel = transform(orange, np.random.default_rng(seed))[:, 0, 0] * torch.tensor(STD) + torch.tensor(
-            MEAN
-        )
-        red, green, blue = pixel.tolist()
-        assert max(abs(red - 160 / 255), abs(green - 120 / 255), abs(blue - 80 / 255)) > 1e-3
-        # Green is half-way between red and blue, which only a turn of the hue (or clipping) would change.
-        assert red == 1 or green == pytest.approx((red + blue) / 2, abs=0.02)
+def test_folding_keeps_the_function_and_the_network(network):
+    """Every layer equals the unfolded one within 1e-5 of its own spread."""
+    images = torch.randn(4, 3, 64, 64)
+    before = _linear.fingerprint(network)
+    folded = _linear.folded(network)
+    assert _linear.fingerprint(network) == before
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    ours, theirs = folded.forward_features(images), network.forward_features(images)
+    assert list(ours) == [*GRID, "avgpool"]
+    ours["forward"], theirs["forward"] = folded(images), network(images)
+    for layer, expected in theirs.items():
+        assert (ours[layer] - expected).abs().max() < 1e-5 * expected.std()
 
 
-def test_shifted_crop_is_a_random_part_of_the_central_square():
-    # 40 × 20 pixels: the central square of 20 begins at column 10.
-    columns = np.broadcast_to(np.arange(40, dtype=np.uint8)[:, None], (20, 40, 3))
-    crop = _linear.shifted_crop(CONFIG)
-    lefts = set()
-    for seed in range(60):
-        pixels = np.asarray(crop(Image.fromarray(columns.copy()), np.random.default_rng(seed)))
-        assert pixels.shape == (16, 16, 3)
-        assert (np.diff(pixels[0, :, 0].astype(int)) == 1).all()
-        lefts.add(int(pixels[0, 0, 0]))
-    assert lefts == {10, 11, 12, 13, 14}
+def test_a_frozen_backbone_learns_nothing_and_bfloat16_is_near(network):
+    backbone = SimpleNamespace(model=lambda: network)
+    images = torch.randn(4, 3, 64, 64)
+    exact, near = (_linear.frozen_backbone(backbone, CPU, bfloat16) for bfloat16 in (False, True))
+    assert not any(p.requires_grad for p in [*exact.parameters(), *near.parameters()])
+    assert exact.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    for layer, expected in exact.forward_features(images).items():
+        found = near.forward_features(images.bfloat16())[layer]
+        assert found.dtype == torch.bfloat16
+        assert (found.float() - expected).std() < 0.03 * expected.std()
 
 
-def test_an_item_is_a_function_of_seed_epoch_and_index(images):
-    first = images[2, 7][0]
-    torch.rand(3)
-    np.random.default_rng().random()
-    assert torch.equal(images[2, 7][0], first)
-    assert not torch.equal(images[3, 7][0], first)
-    other = _linear.Images(images.samples, images.transform, seed=6)
-    assert not torch.equal(other[2, 7][0], first)
+def test_bfloat16_is_only_for_gpus_and_is_recorded(tmp_path):
+    config = CONFIG.model_copy(update={"precision": "bfloat16"})
+    assert job(tmp_path, config).machine == {"processes": 1, "precision": "float32"}
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
+        on_gpu = job(tmp_path, config)._replace(device=torch.device("cuda"))
+        assert on_gpu.machine == {"processes": 1, "precision": "bfloat16"}
+        assert not on_gpu._replace(config=CONFIG).bfloat16
 
 
-# ---------------------------------------------------------------- order and labels
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_gives_the_features_of_the_cpu(network):
+    backbone, images = SimpleNamespace(model=lambda: network), torch.randn(4, 3, 64, 64)
+    on_gpu = _linear.frozen_backbone(backbone, torch.device("cuda"), bfloat16=False)
+    for layer, expected in network.cpu().forward_features(images).items():
+        found = on_gpu.forward_features(images.cuda())[layer].cpu()
+        assert (found - expected).std() < 3e-3 * expected.std()  # convolutions are in TF32 here
 
 
-def test_plan_covers_every_image_once_and_processes_share_batches(monkeypatch):
-    plan = _linear.epoch_plan(21, CONFIG, 3, micro_batch=3)
-    assert [[len(piece) for piece in batch] for batch in plan] == [[3, 3, 2], [3, 3, 2], [3, 2]]
-    flat = [[item for piece in batch for item in piece] for batch in plan]
-    assert sorted(index for batch in flat for _, index in batch) == list(range(21))
-    assert {epoch for batch in flat for epoch, _ in batch} == {3}
-    assert _linear.epoch_plan(21, CONFIG, 4, 3) != plan
-
-    monkeypatch.setattr(_linear.distributed, "world_size", lambda: 2)
-    shares = []
-    for rank in range(2):
-        monkeypatch.setattr(_linear.distributed, "rank", lambda rank=rank: rank)
-        shares.append(_linear.epoch_plan(21, CONFIG, 3, 100))
-    for batch, *parts in zip(flat, *shares, strict=True):
-        assert sorted(batch) == sorted(item for part in parts for piece in part for item in piece)
-
-
-def test_plan_refuses_more_processes_than_images(monkeypatch):
-    monkeypatch.setattr(_linear.distributed, "world_size", lambda: 6)
-    with pytest.raises(BadInput, match="5 images, fewer than the 6 processes"):
-        _linear.epoch_plan(21, CONFIG, 0, 8)
-
-
-def test_labels_outside_the_classes_are_refused():
-    samples = Samples(["a.jpg", "b.jpg"], np.array([0, 3]))
-    with pytest.raises(BadInput, match=r"mini val: expected labels 0…2, found 3 for b\.jpg"):
-        _linear.check_labels(samples, 3, "mini val")
-    with pytest.raises(BadInput, match="at least one image"):
-        _linear.check_labels(Samples([], np.array([], int)), 3, "mini val")
+def test_a_changed_backbone_is_detected():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    batch = torch.rand(2, 3, 8, 8)
+    with torch.no_grad(), _linear.unchanged(network.eval()):
+        network(batch)
+    with pytest.raises(RuntimeError, match="the frozen backbone changed"), _linear.unchanged(network.train()):
+        network(batch)  # BatchNorm moves its running statistics
+    with pytest.raises(RuntimeError, match="changed"), torch.no_grad(), _linear.unchanged(network):
+        network[0].bias[1] += 1e-7
 
 
 # ---------------------------------------------------------------- schedules
@@ -178,10 +165,10 @@ def test_training_in_pieces_equals_whole_batches_by_hand(images, tmp_path):
         optimizer.param_groups[0]["lr"] = CONFIG.lr * (1 if epoch < 2 else 0.1)
         order = np.random.default_rng((CONFIG.seed, epoch)).permutation(21)
         for start in range(0, 21, 8):
-            items = [images[epoch, int(index)] for index in order[start : start + 8]]
-            inputs = means(torch.stack([image for image, _ in items]))["colours"]
+            crops, rows, labels = zip(*(images[epoch, int(i)] for i in order[start : start + 8]), strict=True)
+            inputs = means(augment(torch.stack(crops), torch.stack(rows)))["colours"]
             optimizer.zero_grad()
-            F.cross_entropy(head(inputs), torch.tensor([label for _, label in items])).backward()
+            F.cross_entropy(head(inputs), torch.tensor(labels)).backward()
             optimizer.step()
     torch.testing.assert_close(found["colours"].weight, head.weight, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(found["colours"].bias, head.bias, rtol=1e-5, atol=1e-7)
@@ -220,49 +207,41 @@ def test_heads_trained_together_equal_heads_trained_alone(images, tmp_path):
         )
 
 
-@pytest.mark.parametrize("optimizer", [LARS, torch.optim.SGD])
-def test_a_killed_training_resumes_to_the_same_bits(images, tmp_path, monkeypatch, optimizer):
-    whole = train(images, tmp_path / "whole", optimizer=optimizer)
-    save = _linear.save
-
-    def save_and_die(*arguments):
-        save(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(_linear, "save", save_and_die)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            train(images, tmp_path / "killed", optimizer=optimizer)
-    monkeypatch.setattr(_linear, "save", save)
-    resumed = train(images, tmp_path / "killed", optimizer=optimizer)
-    for key, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[key], value)
-    curves = [(tmp_path / name / "curve.csv").read_text() for name in ("whole", "killed")]
-    assert curves[0] == curves[1]
-    assert curves[0].splitlines()[0] == "epoch,lr,colours"
-    assert [float(line.split(",")[1]) for line in curves[0].splitlines()[1:]] == pytest.approx(
-        [0.5, 0.5, 0.05, 0.05]
+def test_the_curve_has_the_mean_loss_of_every_epoch(images, tmp_path):
+    heads = train(
+        images, tmp_path, CONFIG.model_copy(update={"epochs": 1, "batch_size": 21, "micro_batch": 4})
     )
+    crops, rows, labels = zip(*(images[0, i] for i in range(21)), strict=True)
+    inputs = means(augment(torch.stack(crops), torch.stack(rows)))["colours"]
+    expected = F.cross_entropy(new_heads()["colours"](inputs), torch.tensor(labels)).item()
+    assert heads.curve == [{"epoch": 1, "lr": 0.5, "colours": pytest.approx(expected, rel=1e-5)}]
 
-
-def test_a_broken_state_is_refused(images, tmp_path):
-    (tmp_path / "state.pt").write_bytes(b"PK half a file")
-    with pytest.raises(BadInput, match=r"state\.pt: expected a whole rolling checkpoint; delete it"):
-        train(images, tmp_path)
+    curve = train(images, tmp_path / "four").curve
+    assert [row["lr"] for row in curve] == pytest.approx([0.5, 0.5, 0.05, 0.05])
+    _linear.write_curve(curve, tmp_path / "m/linear.csv")
+    lines = (tmp_path / "m/linear.csv").read_text().splitlines()
+    assert lines[0] == "epoch,lr,colours"
+    assert len(lines) == 5
+    assert (tmp_path / "four/curve.csv").read_text() == (tmp_path / "m/linear.csv").read_text()
+    assert (tmp_path / "m/linear.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((tmp_path / "m").iterdir())) == 2
+    _linear.write_curve(curve, None)
 
 
 def test_divergence_stops_with_step_and_learning_rate(images, tmp_path):
     def infinite(batch):
         colours = means(batch)["colours"]
-        return {"colours": colours if (tmp_path / "state.pt").exists() is False else colours * torch.inf}
+        calls.append(len(batch))
+        return {"colours": colours * torch.inf if sum(calls) > 21 else colours}
 
+    calls = []
     with pytest.raises(_linear.Diverged, match=r"the loss is nan at step 3 with a learning rate of 0\.5"):
         train(images, tmp_path, frozen=infinite)
 
 
-def test_accuracy_counts_by_hand():
-    samples = SimpleNamespace(paths=range(4), labels=np.array([0, 1, 6, 6]))
-    data = _linear.Images(samples, None, 0)
+def test_accuracy_counts_by_hand(images, tmp_path):
+    labels = np.array([0, 1, 6, 6])
+    data = _images.Images(Samples(images.samples.paths[:4], labels), _images.still(CONFIG), 0)
     scores = torch.tensor(
         [
             [9.0, 0, 0, 0, 0, 0, 0],  # right
@@ -271,69 +250,241 @@ def test_accuracy_counts_by_hand():
             [0, 0, 0, 0, 0, 0, 0],  # all equal: the highest class ranks last
         ]
     )
-    data.__class__ = type("Given", (_linear.Images,), {"__getitem__": lambda self, item: item_of(self, item)})
 
-    def item_of(self, item):
-        return scores[item[1]], int(self.samples.labels[item[1]])
+    def given(batch):
+        return {"x": scores[len(seen) : len(seen) + len(batch)], "seen": seen.extend(batch)}
 
+    seen = []
     heads = _linear.Heads({"x": nn.Identity()})
-    assert _linear.accuracy(heads, data, CPU, lambda batch: {"x": batch}, 3) == {"x": 25, "x_top5": 50}
-    scores[2] = torch.nan
+    assert _linear.accuracy(job(tmp_path), heads, data, given, 3) == {"x": 25, "x_top5": 50}
+    scores[2], seen[:] = torch.nan, []
     with pytest.raises(_linear.Diverged, match="the classifier gives infinity or NaN"):
-        _linear.accuracy(heads, data, CPU, lambda batch: {"x": batch}, 3)
+        _linear.accuracy(job(tmp_path), heads, data, given, 3)
 
 
-def test_divergence_on_another_rank_stops_this_one(images, monkeypatch):
+def test_divergence_on_another_rank_stops_this_one(images, tmp_path, monkeypatch):
     """A rank that raised alone would leave the others waiting in the sum."""
     asked = []
-    monkeypatch.setattr(distributed, "any_rank", lambda flag, device: asked.append(flag) or True)
+    monkeypatch.setattr(distributed, "any_rank", lambda flag, device: asked.append(flag) or len(asked) == 8)
     heads = _linear.Heads({"x": nn.LazyLinear(7)})
     with pytest.raises(_linear.Diverged, match="the classifier gives infinity or NaN"):
-        _linear.accuracy(heads, images, CPU, lambda batch: {"x": batch.flatten(1)}, 3)
-    assert asked == [False]
+        _linear.accuracy(job(tmp_path), heads, images, lambda batch: {"x": batch.flatten(1)}, 3)
+    assert asked == [False] * 8  # whether to stop, before each of seven batches; and whether all is finite
 
 
-# ---------------------------------------------------------------- the frozen backbone and the work folder
+# ---------------------------------------------------------------- stopping and going on
+
+MHEAD = imagenet_mhead.Config(
+    image_size=32, resize=32, pooling="adaptive", batch_size=16, micro_batch=5, epochs=2, lr=0.05
+)
+LINEAR = imagenet_linear.Config(image_size=32, resize=32, batch_size=16, micro_batch=5, epochs=2)
+STEPS = 6  # two epochs of 40 images
 
 
-def test_a_changed_backbone_is_detected():
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    batch = torch.rand(2, 3, 8, 8)
-    with torch.no_grad(), _linear.unchanged(network.eval()):
-        network(batch)
-    with pytest.raises(RuntimeError, match="the frozen backbone changed"), _linear.unchanged(network.train()):
-        network(batch)  # BatchNorm moves its running statistics
-    with pytest.raises(RuntimeError, match="changed"), torch.no_grad(), _linear.unchanged(network):
-        network[0].bias[1] += 1e-7
+@pytest.fixture(scope="module")
+def manifest(few_images) -> Path:
+    return few_images(4, 3).manifest
+
+
+def _run(config, backbone, manifest, folder, die_at=None, number=None, environment=None):
+    """Evaluate; send signal `number` to this very process in step `die_at`, after it was computed."""
+    os.environ.update(environment or {})
+    torch.set_num_threads(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    sys.stderr = (folder / f"stderr-{os.environ.get('RANK', 0)}.txt").open("w", buffering=1)
+    _linear.SAVE_SECONDS, _linear.SAVE_SHARE = -1, 1e9  # after every step
+    check = _linear.check_finite
+
+    def dying(losses, step, optimizer):
+        if step == die_at:
+            os.kill(os.getpid(), number)
+        check(losses, step, optimizer)
+
+    _linear.check_finite = dying
+    module = imagenet_mhead if isinstance(config, imagenet_mhead.Config) else imagenet_linear
+    paths = folder / "work", folder / "curve.csv"
+    metrics = module.evaluate(Backbone.open(backbone), Dataset.open(manifest), config, *paths)
+    if distributed.rank() == 0:
+        (folder / "metrics.json").write_text(json.dumps([metrics, metrics.details]))
+
+
+def start(*arguments, **keywords):
+    """Start `_run` in a process of its own; a fork server imports torch once for all of them."""
+    preloaded = ["simclr.benchmarks._linear", "simclr.checkpoint", "matplotlib.pyplot", "torch._dynamo"]
+    multiprocessing.set_forkserver_preload(preloaded)
+    process = multiprocessing.get_context("forkserver").Process(target=_run, args=arguments, kwargs=keywords)
+    process.start()
+    return process
+
+
+def exit_status(process) -> int:
+    process.join()
+    return process.exitcode
+
+
+def start_ranks(*arguments, world=2):
+    """Start `_run` in `world` processes that train together."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    places = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    return [
+        start(
+            *arguments,
+            environment={
+                key: str(value) for key, value in {**places, "RANK": rank, "LOCAL_RANK": rank}.items()
+            },
+        )
+        for rank in range(world)
+    ]
+
+
+def left(folder):
+    """Return what a finished evaluation leaves: weights, metrics, learning curve."""
+    newest = max(folder.glob("work/*/checkpoint-*.pt"))
+    metrics, _ = json.loads((folder / "metrics.json").read_text())
+    return torch.load(newest, weights_only=True), metrics, (folder / "curve.csv").read_text()
+
+
+@pytest.fixture(scope="module")
+def finished(small_backbone, manifest, tmp_path_factory):
+    """config → the folder of an uninterrupted evaluation."""
+    folders = {}
+    for name, config in (("mhead", MHEAD), ("linear", LINEAR)):
+        folders[config] = tmp_path_factory.mktemp(name)
+        assert exit_status(start(config, small_backbone.path, manifest, folders[config])) == 0
+    return folders
+
+
+@pytest.mark.parametrize("config", [MHEAD, LINEAR], ids=["SGD", "LARS"])
+@pytest.mark.parametrize(
+    ("number", "step", "status"),
+    [
+        (signal.SIGKILL, None, -signal.SIGKILL),
+        (signal.SIGTERM, 1, rolling.STOPPED),
+        (signal.SIGUSR1, STEPS - 1, rolling.STOPPED),  # trained to the end, not yet tested
+    ],
+)
+def test_a_stopped_evaluation_ends_in_the_bits_of_an_unstopped_one(
+    finished, small_backbone, manifest, tmp_path, config, number, step, status
+):
+    if step is None:
+        step = random.randrange(1, STEPS)
+        print(f"killed in step {step}")
+    assert exit_status(start(config, small_backbone.path, manifest, tmp_path, step, number)) == status
+    assert not (tmp_path / "metrics.json").exists()
+    assert not (tmp_path / "curve.csv").exists()
+    saved = torch.load(max(tmp_path.glob("work/*/checkpoint-*.pt")), weights_only=True)["step"]
+    assert saved == (step if status < 0 else min(step + 2, STEPS))
+    if status == rolling.STOPPED:
+        assert "the same command goes on" in (tmp_path / "stderr-0.txt").read_text()
+    assert exit_status(start(config, small_backbone.path, manifest, tmp_path)) == 0
+    (ours, *our_files), (theirs, *their_files) = left(tmp_path), left(finished[config])
+    assert our_files == their_files
+    assert {**ours, "model": 0, "optimizer": 0} == {**theirs, "model": 0, "optimizer": 0}
+    assert all(torch.equal(ours["model"][key], value) for key, value in theirs["model"].items())
+    assert str(ours["optimizer"]) == str(theirs["optimizer"])
+
+
+@pytest.mark.parametrize("config", [MHEAD, LINEAR], ids=["BatchNorm and SGD", "LARS"])
+def test_two_processes_train_the_heads_of_one(finished, small_backbone, manifest, tmp_path, config):
+    """Each has half of every batch, in micro-batches of its own; the last batch of an epoch is not whole."""
+    ranks = start_ranks(config, small_backbone.path, manifest, tmp_path)
+    assert [exit_status(rank) for rank in ranks] == [0, 0]
+    (ours, our_metrics, _), (theirs, their_metrics, _) = left(tmp_path), left(finished[config])
+    for key, expected in theirs["model"].items():
+        torch.testing.assert_close(ours["model"][key], expected, rtol=1e-4, atol=1e-6)
+    assert our_metrics == their_metrics
+    assert ours["curve"] == [pytest.approx(row, rel=1e-5) for row in theirs["curve"]]
+    _, details = json.loads((tmp_path / "metrics.json").read_text())
+    assert details == {
+        "train_images": 40,
+        "val_images": 30,
+        "epoch": 2,
+        "processes": 2,
+        "precision": "float32",
+    }
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_both_are_named(images, tmp_path):
+    train(images, tmp_path)
+    with pytest.raises(BadInput, match=r"found one of another: config\.lr is 0\.5 there, 0\.4 here"):
+        train(images, tmp_path, CONFIG.model_copy(update={"lr": 0.4}))
+
+
+def test_a_truncated_checkpoint_falls_back_to_the_one_before(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(_linear, "SAVE_SECONDS", -1)
+    monkeypatch.setattr(_linear, "SAVE_SHARE", 1e9)
+    whole = train(images, tmp_path)
+    _, newest = sorted(tmp_path.glob("checkpoint-*.pt"))
+    os.truncate(newest, newest.stat().st_size // 2)
+    again = train(images, tmp_path)
+    assert f"{newest} is broken" in capsys.readouterr().err
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in whole.state_dict().items())
+    for path in tmp_path.glob("checkpoint-*.pt"):
+        path.write_bytes(b"PK half a file")
+    with pytest.raises(BadInput, match="no rolling checkpoint is whole; delete it"):
+        train(images, tmp_path)
+
+
+def test_checkpoints_are_written_at_intervals_that_grow_with_their_cost(images, tmp_path, monkeypatch):
+    """A clock that only saving moves, by 10 s, and every step by 1 s: at a twentieth, one save in 200 s."""
+    clock, saved = [0.0], []
+    monkeypatch.setattr(_linear.time, "monotonic", lambda: clock[0])
+
+    def slow(job, step, *_):
+        saved.append(step)
+        clock[0] += 10
+
+    def one_second(batch):
+        clock[0] += 1
+        return means(batch)
+
+    monkeypatch.setattr(_linear, "save", slow)
+    config = CONFIG.model_copy(update={"batch_size": 1, "micro_batch": 1, "epochs": 20})
+    train(images, tmp_path, config, frozen=one_second)
+    assert saved == [121, 322, 420]  # after 120 s, then 200 s; the last of 20 × 21 steps
+
+
+def test_a_signal_while_testing_exits_at_once(images, tmp_path, capsys):
+    heads = _linear.Heads({"x": nn.Identity()})
+    with pytest.raises(SystemExit) as stopped:
+        _linear.accuracy(job(tmp_path, signals=[signal.SIGTERM]), heads, images, means, 3)
+    assert stopped.value.code == rolling.STOPPED
+    assert capsys.readouterr().err == "stopped while testing; the same command goes on\n"
+
+
+# ---------------------------------------------------------------- the work folder
 
 
 def place(config, tmp_path, checkpoint="a"):
     backbone = SimpleNamespace(checkpoint_sha256=checkpoint)
     dataset = SimpleNamespace(dataset=SimpleNamespace(manifest_sha256="b"))
-    return _linear.workplace(tmp_path, config, backbone, dataset)
+    return _linear.at_work(tmp_path, config, backbone, dataset)
 
 
 def test_work_of_another_config_or_backbone_is_kept_apart(tmp_path):
     with place(CONFIG, tmp_path) as first:
         pass
     with place(CONFIG, tmp_path) as again:
-        assert again == first
+        assert again.folder == first.folder
+        assert again.run == first.run
     with (
         place(CONFIG.model_copy(update={"lr": 0.4}), tmp_path) as other,
         place(CONFIG, tmp_path, "c") as third,
     ):
-        assert len({first, other, third}) == 3
+        assert len({first.folder, other.folder, third.folder}) == 3
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    with place(CONFIG, tmp_path) as folder:
+    with place(CONFIG, tmp_path) as held:
         pass
     hold = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX)"
     command = [
         sys.executable,
         "-c",
         f"{hold}; print('held', flush=True); sys.stdin.read()",
-        str(folder / "lock"),
+        str(held.folder / "lock"),
     ]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from simclr.benchmarks import imagenet_mhead
-from simclr.checkpoint import Backbone
-from simclr.model import GRID
+from simclr import BadInput
+from simclr.benchmarks import _linear, imagenet_mhead
+from simclr.model import GRID, SPECIFIED_POOLING, ResNet, pool_layer
 
 CHANNELS = {"feature1": 3, "feature2": 3, "feature3": 4, "feature4": 5, "feature5": 6}
 MINIATURE = imagenet_mhead.Config(
@@ -26,7 +27,8 @@ def pooled(images=5):
     return {layer: torch.randn(images, n, GRID[layer], GRID[layer]) * 3 + 1 for layer, n in CHANNELS.items()}
 
 
-def test_defaults_are_the_published_protocol():
+def test_defaults_are_those_of_resnet50_mhead_linear_8xb32_steplr_90e():
+    """MMSelfSup v0.11.0, configs/benchmarks/classification/imagenet/, and its bases."""
     config = imagenet_mhead.Config()
     assert (config.batch_size, config.epochs, config.lr, config.milestones) == (256, 90, 0.01, (30, 60))
     assert (config.momentum, config.weight_decay) == (0.9, 1e-4)
@@ -37,6 +39,24 @@ def test_defaults_are_the_published_protocol():
         "specified",
     )
     assert (config.image_size, config.resize, config.crop_area) == (224, 256, (0.08, 1.0))
+    assert (config.precision, config.seed) == ("float32", 0)
+
+
+def test_the_optimiser_is_nesterovs_and_decays_weights_and_biases():
+    model = heads()
+    optimizer = imagenet_mhead.sgd(imagenet_mhead.Config(), model.parameters())
+    (group,) = optimizer.param_groups
+    assert type(optimizer) is torch.optim.SGD
+    assert (group["lr"], group["momentum"], group["nesterov"]) == (0.01, 0.9, True)
+    assert (group["weight_decay"], group["dampening"]) == (1e-4, 0)
+    assert len(group["params"]) == 10
+
+
+def test_learning_rates_fall_at_30_and_60():
+    config = imagenet_mhead.Config()
+    schedule = _linear.steps(config.milestones, 0.1)
+    found = [config.lr * schedule(epoch) for epoch in (0, 29, 30, 59, 60, 89)]
+    assert found == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4])
 
 
 def test_specified_pooling_needs_224_pixels():
@@ -91,6 +111,22 @@ def test_heads_use_running_statistics_in_the_test():
         torch.testing.assert_close(alone[layer], together[layer][:1])
 
 
+def test_pooled_sizes_are_those_of_multi_pooling():
+    """MMSelfSup v0.11.0, mmselfsup/models/utils/multi_pooling.py: edge, kernel, stride, pad, edge then."""
+    published = {
+        "feature1": (112, 10, 10, 4, 12),
+        "feature2": (56, 16, 8, 0, 6),
+        "feature3": (28, 13, 5, 0, 4),
+        "feature4": (14, 8, 3, 0, 3),
+        "feature5": (7, 6, 1, 0, 2),
+    }
+    for layer, (edge, kernel, stride, pad, grid) in published.items():
+        assert SPECIFIED_POOLING[layer] == (edge, (kernel, stride, pad))
+        ones = pool_layer(layer, torch.ones(1, 1, edge, edge), "specified")[0, 0]
+        assert ones.shape == (grid, grid)
+        assert ones[0, 0].item() == pytest.approx(((kernel - pad) / kernel) ** 2)  # padded zeros count
+
+
 def test_real_widths_are_those_of_the_published_heads():
     channels = {"feature1": 64, "feature2": 256, "feature3": 512, "feature4": 1024, "feature5": 2048}
     with torch.device("cpu"):
@@ -103,14 +139,52 @@ def test_the_miniature_runs_and_repeats(few_images, small_backbone, tmp_path):
     metrics = imagenet_mhead.evaluate(small_backbone, dataset, MINIATURE, tmp_path / "a")
     assert list(metrics) == [f"feature{i}{top}" for i in range(1, 6) for top in ("", "_top5")]
     assert all(0 <= metrics[f"feature{i}"] <= metrics[f"feature{i}_top5"] <= 100 for i in range(1, 6))
-    assert metrics.details == {"train_images": 40, "val_images": 30, "epoch": 2}
+    assert metrics.details == {
+        "train_images": 40,
+        "val_images": 30,
+        "epoch": 2,
+        "processes": 1,
+        "precision": "float32",
+    }
     # Finished before: only evaluated again. Afresh: the same numbers.
     assert imagenet_mhead.evaluate(small_backbone, dataset, MINIATURE, tmp_path / "a") == metrics
     assert imagenet_mhead.evaluate(small_backbone, dataset, MINIATURE, tmp_path / "b") == metrics
 
 
+def test_all_heads_learn_from_one_forward_pass(few_images, small_backbone, tmp_path, monkeypatch):
+    passes = []
+
+    def counted(network, images):
+        passes.append(len(images))
+        return forward_features(network, images)
+
+    forward_features = ResNet.forward_features
+    monkeypatch.setattr(ResNet, "forward_features", counted)
+    imagenet_mhead.evaluate(small_backbone, few_images(4, 3), MINIATURE, tmp_path)
+    assert passes == [8, 8, 4] * 4 + [8, 8, 8, 6]  # two epochs of two steps, in pieces; and the test
+
+
 def test_a_backbone_that_moves_is_an_error(few_images, small_backbone, tmp_path, monkeypatch):
-    network = small_backbone.model().train()  # BatchNorm's running statistics will follow the images
-    monkeypatch.setattr(Backbone, "model", lambda self: network)
+    def moving(network, images):
+        network.layer1[0].conv1.bias.data[0] += 1e-6
+        return forward_features(network, images)
+
+    forward_features = ResNet.forward_features
+    monkeypatch.setattr(ResNet, "forward_features", moving)
     with pytest.raises(RuntimeError, match="the frozen backbone changed"):
         imagenet_mhead.evaluate(small_backbone, few_images(2, 1), MINIATURE, tmp_path)
+
+
+def test_a_backbone_file_that_was_replaced_is_an_error(few_images, small_backbone, tmp_path):
+    stale = replace(small_backbone, checkpoint_sha256="0" * 64)
+    with pytest.raises(BadInput, match=r"backbone\.safetensors: replaced during the training"):
+        imagenet_mhead.evaluate(stale, few_images(2, 1), MINIATURE, tmp_path)
+
+
+def test_the_learning_curve_is_written_beside_the_record(few_images, small_backbone, tmp_path):
+    dataset, curve = few_images(2, 1), tmp_path / "m/imagenet_mhead.csv"
+    imagenet_mhead.evaluate(small_backbone, dataset, MINIATURE, tmp_path / "work", curve)
+    lines = curve.read_text().splitlines()
+    assert lines[0] == "epoch,lr,feature1,feature2,feature3,feature4,feature5"
+    assert [line.split(",")[0] for line in lines[1:]] == ["1", "2"]
+    assert curve.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
 from collections import Counter
 from types import SimpleNamespace
 
@@ -8,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from simclr import BadInput
-from simclr.benchmarks import _linear, _semi, imagenet_semi
+from simclr import BadInput, rolling
+from simclr.benchmarks import _images, _linear, _semi, imagenet_semi
+from simclr.benchmarks._images import train_and_val
 from simclr.datasets import Samples
 
 MINIATURE = imagenet_semi.Config(
@@ -22,16 +25,32 @@ MINIATURE = imagenet_semi.Config(
     epochs=2,
     milestones=(1,),
 )
-CPU = torch.device("cpu")
 
 
-def test_defaults_are_the_published_protocol():
+def job(folder, signals=(), config=MINIATURE):
+    return _linear.Job(config, {"run": "this"}, folder, torch.device("cpu"), list(signals))
+
+
+def test_defaults_are_those_of_imagenet_1percent_and_10percent():
+    """MMSelfSup v0.11.0, configs/benchmarks/classification/imagenet/; the grid: OpenSelfSup, MODEL_ZOO.md."""
     config = imagenet_semi.Config()
     assert (config.batch_size, config.epochs, config.milestones) == (256, 20, (12, 16))
     assert (config.lrs, config.head_multipliers) == ((0.1, 0.01, 0.001), (1, 10, 100))
     assert (config.momentum, config.weight_decay_1percent, config.weight_decay_10percent) == (0.9, 5e-4, 1e-4)
     schedule = _linear.steps(config.milestones, 0.2)
     assert [schedule(epoch) for epoch in (11, 12, 16, 19)] == pytest.approx([1, 0.2, 0.04, 0.04])
+    assert (config.image_size, config.resize, config.crop_area) == (224, 256, (0.08, 1.0))
+    assert (config.precision, config.seed) == ("float32", 0)
+
+
+def test_the_optimiser_decays_all_of_both_and_is_not_nesterovs(small_backbone):
+    network, head = small_backbone.model(), torch.nn.Linear(8, 3)
+    optimizer = _semi.sgd(imagenet_semi.Config(), network, head, 0.01, 100, 5e-4)
+    backbone, classifier = optimizer.param_groups
+    assert (backbone["lr"], classifier["lr"]) == (0.01, 1.0)
+    assert {(group["momentum"], group["nesterov"]) for group in optimizer.param_groups} == {(0.9, False)}
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {5e-4}
+    assert len(backbone["params"]) == len(list(network.parameters()))
 
 
 @pytest.mark.parametrize(
@@ -78,13 +97,13 @@ def test_the_best_held_out_cell_is_refitted_and_val_seen_once(tmp_path):
     def tune(train, test, lr, head_multiplier, folder):
         calls.append((len(train), len(test), lr, head_multiplier, folder.name))
         if folder.name == "refit":
-            return {"top1": 70.0, "top5": 90.0}
+            return {"top1": 70.0, "top5": 90.0, "curve": [1]}
         top1 = held_out_top1[lr, head_multiplier]
-        return {"top1": top1, "top5": None if top1 is None else 95.0}
+        return {"top1": top1, "top5": None if top1 is None else 95.0, "curve": [0]}
 
     val = Samples(np.array(["v.jpg"]), np.array([0]))
     result, details = _semi.choose_and_refit(tune, labelled(), val, config, tmp_path)
-    assert result == {"top1": 70.0, "top5": 90.0}
+    assert result == {"top1": 70.0, "top5": 90.0, "curve": [1]}
     assert calls[:-1] == [
         (16, 4, 1.0, 1, "lr1_head1"),
         (16, 4, 1.0, 10, "lr1_head10"),
@@ -94,11 +113,12 @@ def test_the_best_held_out_cell_is_refitted_and_val_seen_once(tmp_path):
     assert calls[-1] == (20, 1, 0.1, 1, "refit")  # the first of two equal cells, on everything
     assert details["chosen"] == {"lr": 0.1, "head_multiplier": 1}
     assert [cell["top1"] for cell in details["held_out_accuracy"]] == [None, 40.0, 60.0, 60.0]
+    assert set(details["held_out_accuracy"][0]) == {"lr", "head_multiplier", "top1", "top5"}
 
 
 def test_a_grid_that_diverges_everywhere_is_an_error(tmp_path):
     def tune(train, test, lr, head_multiplier, folder):
-        return {"top1": None, "top5": None}
+        return {"top1": None, "top5": None, "curve": []}
 
     with pytest.raises(BadInput, match="all 9 cells of the grid diverged; add smaller values to lrs"):
         _semi.choose_and_refit(tune, labelled(), labelled(), imagenet_semi.Config(), tmp_path)
@@ -106,18 +126,19 @@ def test_a_grid_that_diverges_everywhere_is_an_error(tmp_path):
 
 def test_everything_is_fine_tuned_at_its_own_rate(few_images, small_backbone, tmp_path, monkeypatch):
     dataset = few_images(2, 1)
-    train, val = _linear.train_and_val(dataset)
+    train, val = train_and_val(dataset, MINIATURE)
     seen = {}
 
-    def spy(model, optimizer, images, config, schedule, *rest):
+    def spy(job, model, optimizer, images, schedule, *rest, autocast):
         seen.update(model=model, groups=optimizer.param_groups)
-        model.train()
+        found = fit(job, model, optimizer, images, schedule, *rest, autocast=autocast)
         seen["modes"] = {module.training for module in model.modules()}
-        fit(model, optimizer, images, config, schedule, *rest)
+        return found
 
     fit = _semi.fit
     monkeypatch.setattr(_semi, "fit", spy)
-    result = _semi.fine_tune(small_backbone, 10, MINIATURE, 0.01, CPU, train, val, 0.02, 10, tmp_path)
+    arguments = (job(tmp_path), small_backbone, 10, 0.01, train, val, 0.02, 10, tmp_path / "cell")
+    result = _semi.fine_tune(*arguments)
     before = small_backbone.state()
     network = seen["model"]["image"][0]
     assert all(not torch.equal(p.detach(), before[name]) for name, p in network.named_parameters())
@@ -128,17 +149,34 @@ def test_everything_is_fine_tuned_at_its_own_rate(few_images, small_backbone, tm
     assert backbone["weight_decay"] == head["weight_decay"] == 0.01
     assert len(backbone["params"]) + len(head["params"]) == len(list(seen["model"].parameters()))
     # The result is kept, the large state is not; asked again, nothing is trained.
-    assert json.loads((tmp_path / "result.json").read_text()) == result
-    assert not (tmp_path / "state.pt").exists()
+    assert json.loads((tmp_path / "cell/result.json").read_text()) == result
+    assert [row["epoch"] for row in result["curve"]] == [1, 2]
+    assert not list((tmp_path / "cell").glob("*.pt"))
     monkeypatch.setattr(_semi, "fit", None)
-    assert _semi.fine_tune(small_backbone, 10, MINIATURE, 0.01, CPU, train, val, 0.02, 10, tmp_path) == result
+    assert _semi.fine_tune(*arguments) == result
+
+
+def test_a_stopped_fine_tuning_goes_on_in_its_own_folder(few_images, small_backbone, tmp_path):
+    train, val = train_and_val(few_images(4, 1), MINIATURE)
+    arguments = (small_backbone, 10, 0.01, train, val, 0.02, 10)
+    whole = _semi.fine_tune(job(tmp_path), *arguments, tmp_path / "whole")
+    with pytest.raises(SystemExit) as stopped:
+        _semi.fine_tune(job(tmp_path, [signal.SIGTERM]), *arguments, tmp_path / "cell")
+    assert stopped.value.code == rolling.STOPPED
+    (checkpoint,) = (tmp_path / "cell").glob("*.pt")
+    assert checkpoint.name == "checkpoint-000000001.pt"
+    shutil.copytree(tmp_path / "cell", tmp_path / "other")
+    with pytest.raises(BadInput, match="fine_tuning is cell there, other here"):
+        _semi.fine_tune(job(tmp_path), *arguments, tmp_path / "other")
+    assert _semi.fine_tune(job(tmp_path), *arguments, tmp_path / "cell") == whole
 
 
 def test_a_diverging_cell_has_no_accuracy(few_images, small_backbone, tmp_path):
-    train, val = _linear.train_and_val(few_images(2, 1))
+    train, val = train_and_val(few_images(2, 1), MINIATURE)
     config = MINIATURE.model_copy(update={"batch_size": 4})
-    result = _semi.fine_tune(small_backbone, 10, config, 0.0, CPU, train, val, 1e30, 1, tmp_path)
-    assert result == {"top1": None, "top5": None}
+    arguments = (small_backbone, 10, 0.0, train, val, 1e30, 1)
+    result = _semi.fine_tune(job(tmp_path, config=config), *arguments, tmp_path / "cell")
+    assert result == {"top1": None, "top5": None, "curve": []}
 
 
 def test_the_published_list_is_used(monkeypatch):
@@ -153,15 +191,27 @@ def test_the_published_list_is_used(monkeypatch):
         _semi.labelled_subset(SimpleNamespace(name="imagenet", classes=1), None, 1, imagenet_semi.Config())
 
 
+def test_a_list_that_is_not_balanced_or_names_an_image_twice_is_refused():
+    files = np.array(["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"])
+    _semi.check_balanced(Samples(files, np.array([0, 0, 1, 1, 1])), 2, "1 % list")
+    with pytest.raises(BadInput, match=r"1 % list: expected as many .* found 1 of class 0 and 4 of class 1"):
+        _semi.check_balanced(Samples(files, np.array([0, 1, 1, 1, 1])), 2, "1 % list")
+    with pytest.raises(BadInput, match="found 0 of class 2 and 3 of class 1"):
+        _semi.check_balanced(Samples(files, np.array([0, 0, 1, 1, 1])), 3, "1 % list")
+    files[4] = "c.jpg"
+    with pytest.raises(BadInput, match="expected every image once, found 5 lines of 4 images; fetch"):
+        _semi.check_balanced(Samples(files, np.array([0, 0, 1, 1, 1])), 2, "1 % list")
+
+
 def test_the_miniature_runs(dataset, small_backbone, tmp_path):
     """With the lists of the miniature, of 20 and 280 images."""
     imagenet = dataset("imagenet")
     config = MINIATURE.model_copy(update={"subsets": "listed", "epochs": 1, "batch_size": 64})
-    train, val = _linear.train_and_val(imagenet)
+    train, val = train_and_val(imagenet, config)
     small = Samples(val.paths[:20], val.labels[:20])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_linear, "samples", lambda dataset, split: train if split == "train" else small)
-        metrics = imagenet_semi.evaluate(small_backbone, imagenet, config, tmp_path)
+        patch.setattr(_images, "samples", lambda dataset, split: train if split == "train" else small)
+        metrics = imagenet_semi.evaluate(small_backbone, imagenet, config, tmp_path, tmp_path / "curve.csv")
     assert list(metrics) == list(imagenet_semi.COLUMNS)
     assert all(0 <= value <= 100 for value in metrics.values())
     for percent in ("1percent", "10percent"):
@@ -169,4 +219,8 @@ def test_the_miniature_runs(dataset, small_backbone, tmp_path):
         assert details["subset"] == "listed"
         assert len(details["subset_sha256"]) == 64
         assert len(details["held_out_accuracy"]) == 2
+    assert (metrics.details["processes"], metrics.details["precision"]) == (1, "float32")
     json.dumps(metrics.details, allow_nan=False)
+    header = "epoch,lr_1percent,lr_10percent,loss_1percent,loss_10percent"
+    assert (tmp_path / "curve.csv").read_text().splitlines()[0] == header
+    assert (tmp_path / "curve.png").exists()
