@@ -38,7 +38,7 @@ def missing(name: str) -> list[str]:
         f"log {name}.log": f'"<results>/{{model}}/logs/{name}.log"' in rules,
         f"times/{name}.tsv": f'"<results>/{{model}}/times/{name}.tsv"' in rules,
         f"params of {name}": f'benchmark_block("{name}")' in rules,
-        f"command {name}": f"python -m simclr {name} " in rules,
+        f"command {name}": f" -m simclr {name} " in rules,
         f"include of {name}.smk": f'include: "rules/{name}.smk"' in snakefile(),
         f"step {name}": name in STEPS,
         f"section of {name}": any(name in names for _, names in sections()),

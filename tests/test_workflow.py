@@ -219,6 +219,22 @@ def test_more_gpus_and_edited_rules_and_environments_train_nothing_again(finishe
     assert set(call.jobs()) <= {"model_zoo_page"}, call.said
 
 
+def test_a_record_stands_without_its_learning_curve(finished):
+    for suffix in ("csv", "png"):
+        (finished / f"results/demo/simclr/imagenet_mhead.{suffix}").unlink()
+    assert "Nothing to be done" in snakemake(finished, "-n", "all", *DEMO).said
+
+
+def test_several_gpus_are_one_launch_with_a_process_each(clone):
+    arguments = edited(clone, lambda content: content["models"]["simclr"].update(gpus=2))
+    call = snakemake(clone, "-n", "-p", "imagenet_mhead", *arguments)
+    assert call.status == 0, call.said
+    (pair,) = re.findall(r"^Shell command: (.*) -m simclr imagenet_mhead --model simclr ", call.said, re.M)
+    assert pair.endswith("torchrun --standalone --nproc-per-node=2")
+    (alone,) = re.findall(r"^Shell command: (.*) -m simclr imagenet_mhead --model random", call.said, re.M)
+    assert alone == "python"
+
+
 def test_model_zoo_runs_nothing_but_the_page(finished):
     (finished / "results/demo/simclr/imagenet_knn.json").unlink()
     assert snakemake(finished, "-n", "model_zoo", *DEMO).jobs() == {"model_zoo": 1}

@@ -120,6 +120,15 @@ def feature_gpus(wildcards):
     return min(node_gpus(wildcards), 1 + images(wildcards.dataset, wildcards.split) // 100_000)
 
 
+def launcher(wildcards, resources):
+    """Return what starts a process per GPU of one node; `resources` keeps it out of what is compared."""
+    if resources.gpu < 2:
+        return "python"
+    # As an option it would be unknown to torch 2.8, and torchrun overwrites TORCHELASTIC_SIGNALS_TO_HANDLE.
+    signals = "PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1"
+    return f"{signals} torchrun --standalone --nproc-per-node={resources.gpu}"
+
+
 def cores(wildcards):
     """Return the cores of a job on one GPU, most of them for decoding images; on the CPU, one."""
     return 8 * gpu(wildcards) or 1

@@ -11,23 +11,29 @@ rule inat18_mhead_record:
         backbone="<results>/{model}/backbone.safetensors",
         dataset="<results>/datasets/inat18.json",
     output:
-        "<results>/{model}/inat18_mhead.json",
+        record="<results>/{model}/inat18_mhead.json",
+        curve="<results>/{model}/inat18_mhead.csv",
+        picture="<results>/{model}/inat18_mhead.png",
     log:
         "<results>/{model}/logs/inat18_mhead.log",
     benchmark:
         "<results>/{model}/times/inat18_mhead.tsv"
     conda:
         "../../envs/simclr.yaml"
-    threads: cores
+    threads: lambda wildcards: 8 * node_gpus(wildcards) or 1
     resources:
-        gpu=gpu,
-        mem_mb=lambda wildcards, attempt: attempt * (2_000 + 24_000 * gpu(wildcards)),
+        gpu=node_gpus,
+        mem_mb=lambda wildcards, attempt: attempt * (2_000 + 24_000 * node_gpus(wildcards)),
         runtime=lambda wildcards, attempt: attempt
-        * minutes(images("inat18", "train") * CONFIG.benchmarks.inat18_mhead.epochs, per_second=1_000),
+        * minutes(
+            images("inat18", "train") * CONFIG.benchmarks.inat18_mhead.epochs,
+            per_second=1_000 * max(1, node_gpus(wildcards)),
+        ),
     params:
         config=benchmark_block("inat18_mhead"),
         work=work_folder("inat18_mhead"),
+        python=launcher,
     shell:
-        "python -m simclr inat18_mhead --model {wildcards.model} --backbone {input.backbone}"
-        " --dataset {input.dataset} --config {params.config:q} --work {params.work:q} --output {output}"
-        " > {log} 2>&1"
+        "{params.python} -m simclr inat18_mhead --model {wildcards.model} --backbone {input.backbone}"
+        " --dataset {input.dataset} --config {params.config:q} --work {params.work:q}"
+        " --curve {output.curve} --output {output.record} > {log} 2>&1"

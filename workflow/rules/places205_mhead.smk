@@ -11,23 +11,29 @@ rule places205_mhead_record:
         backbone="<results>/{model}/backbone.safetensors",
         dataset="<results>/datasets/places205.json",
     output:
-        "<results>/{model}/places205_mhead.json",
+        record="<results>/{model}/places205_mhead.json",
+        curve="<results>/{model}/places205_mhead.csv",
+        picture="<results>/{model}/places205_mhead.png",
     log:
         "<results>/{model}/logs/places205_mhead.log",
     benchmark:
         "<results>/{model}/times/places205_mhead.tsv"
     conda:
         "../../envs/simclr.yaml"
-    threads: cores
+    threads: lambda wildcards: 8 * node_gpus(wildcards) or 1
     resources:
-        gpu=gpu,
-        mem_mb=lambda wildcards, attempt: attempt * (2_000 + 24_000 * gpu(wildcards)),
+        gpu=node_gpus,
+        mem_mb=lambda wildcards, attempt: attempt * (2_000 + 24_000 * node_gpus(wildcards)),
         runtime=lambda wildcards, attempt: attempt
-        * minutes(images("places205", "train") * CONFIG.benchmarks.places205_mhead.epochs, per_second=1_000),
+        * minutes(
+            images("places205", "train") * CONFIG.benchmarks.places205_mhead.epochs,
+            per_second=1_000 * max(1, node_gpus(wildcards)),
+        ),
     params:
         config=benchmark_block("places205_mhead"),
         work=work_folder("places205_mhead"),
+        python=launcher,
     shell:
-        "python -m simclr places205_mhead --model {wildcards.model} --backbone {input.backbone}"
-        " --dataset {input.dataset} --config {params.config:q} --work {params.work:q} --output {output}"
-        " > {log} 2>&1"
+        "{params.python} -m simclr places205_mhead --model {wildcards.model} --backbone {input.backbone}"
+        " --dataset {input.dataset} --config {params.config:q} --work {params.work:q}"
+        " --curve {output.curve} --output {output.record} > {log} 2>&1"
