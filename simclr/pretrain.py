@@ -48,8 +48,8 @@ def pretrain(
     starts afresh. SIGTERM and SIGUSR1 end the step, save, and exit with status 75.
 
     Under `torchrun`, or `srun` with one task per GPU, the batch is divided over the processes. With the
-    environment variable TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 `torchrun` passes SIGUSR1 on,
-    instead of dying of it; its own status is then 1.
+    environment variable PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 `torchrun` passes SIGUSR1 on, instead of
+    dying of it; its own status is then 1.
 
     Raises `BadInput` for a batch that does not fit images, processes or micro-batches, while another process
     works on the same run, for images that cannot be decoded, and for a loss or gradient that is not finite

@@ -122,7 +122,9 @@ def feature_gpus(wildcards):
 
 def launcher(wildcards, resources):
     """Return what starts a process per GPU of one node; `resources` keeps it out of what is compared."""
-    if resources.gpu < 2:
+    if resources.gpu == 0:
+        return "CUDA_VISIBLE_DEVICES= python"  # on the CPU, also where there is a GPU
+    if resources.gpu == 1:
         return "python"
     # As an option it would be unknown to torch 2.8, and torchrun overwrites TORCHELASTIC_SIGNALS_TO_HANDLE.
     signals = "PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1"

@@ -35,13 +35,7 @@ rule pretrain:
         config=source_block,
         work=work_folder("pretrain"),
         execution=execution_block,
-        python=lambda wildcards, resources: (
-            "TORCHELASTIC_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 "
-            f"torchrun --standalone --nproc-per-node={resources.gpu}"
-            if resources.gpu > 1
-            # Without GPUs all is on the CPU, also where there are some.
-            else "python" if resources.gpu else "CUDA_VISIBLE_DEVICES= python"
-        ),
+        python=launcher,
     shell:
         "{params.python} -m simclr pretrain --dataset {input.dataset} --config {params.config:q}"
         " --execution {params.execution:q} --work {params.work:q} --output {output.backbone} > {log} 2>&1"
