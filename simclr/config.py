@@ -330,8 +330,8 @@ class Model(Closed):
     gpus: int = Field(
         1,
         ge=0,
-        description="GPUs for pretraining; every other job of the model takes one. 0: all on the CPU. "
-        "Does not change the recipe.",
+        description="GPUs for pretraining; the other jobs of the model take one, or up to those of a node "
+        "where they divide their work. 0: all on the CPU. Does not change the recipe.",
     )
     execution: Execution = Execution()
 

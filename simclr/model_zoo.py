@@ -144,7 +144,7 @@ def page(rows: Rows, references: list[Reference], config: Config, folder: Path) 
         *_pretrainings(rows, config, folder),
     ]
     for heading, names in sections():
-        blocks += _section(heading, names, rows, references, config)
+        blocks += _section(heading, names, rows, references, config, folder)
     return blocks + _provenance(rows, config, folder)
 
 
@@ -233,7 +233,12 @@ def _remarks(name: str, record: results.Pretraining, rows: Rows) -> Iterable[str
 
 
 def _section(
-    heading: str, names: tuple[str, ...], rows: Rows, references: list[Reference], config: Config
+    heading: str,
+    names: tuple[str, ...],
+    rows: Rows,
+    references: list[Reference],
+    config: Config,
+    folder: Path,
 ) -> list[Block]:
     columns = [(name, key, column) for name in names for key, column in load(name).COLUMNS.items()]
     table, footnotes = [], []
@@ -253,7 +258,17 @@ def _section(
             table.append([label, *cells])
     notes = [*footnotes, *_protocols(names, rows), *_reasons(names, rows, config)]
     header = ["Model", *(column.heading for _, _, column in columns)]
-    return [Heading(2, heading), Table(header, table), Notes(notes)]
+    return [Heading(2, heading), Table(header, table), Notes(notes), *_curves(names, rows, folder)]
+
+
+def _curves(names: tuple[str, ...], rows: Rows, folder: Path) -> list[Block]:
+    """Return the learning curve of every record that has one beside it."""
+    curves = {pair: row.path.with_suffix(".png") for pair, row in rows.items() if pair[1] in names}
+    return [
+        Picture(f"{benchmark} of {model}", _relative(path, folder))
+        for (model, benchmark), path in curves.items()
+        if path.exists()
+    ]
 
 
 def _value(record: results.Record | None, key: str, column: Column) -> str:

@@ -61,7 +61,8 @@ def _benchmark(name: str) -> str:
     module = load(name)
     parent = module.Config.__mro__[1]
     text, inherited = f"{module.TITLE}.", {}
-    if parent is not Protocol:
+    # A private module's keys stand nowhere else: each block that has them lists them all.
+    if not parent.__module__.rsplit(".", 1)[1].startswith("_") and parent is not Protocol:
         text += (
             f" The keys of `benchmarks.{parent.__module__.rsplit('.', 1)[1]}`, with other defaults for these:"
         )

@@ -257,6 +257,16 @@ def test_the_page_is_the_same_bytes_and_holds_no_place_or_time(tmp_path):
     assert b'src="data:image/png;base64,' in pages[0][1]
 
 
+def test_a_learning_curve_beside_a_record_is_shown(tmp_path):
+    records = a_record("a", "imagenet_linear", {"avgpool": 1.0}), a_record("a", "imagenet_knn", KNN)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/imagenet_linear.png").write_bytes(b"\x89PNG")
+    page = made(tmp_path, a_config("a", imagenet_linear={}, imagenet_knn={}), *records)
+    shown = "![imagenet_linear of a](a/imagenet_linear.png)"
+    assert shown in section(page, "ImageNet Linear Evaluation")
+    assert page.count("![") == 1
+
+
 def test_provenance_links_every_record(tmp_path):
     page = made(
         tmp_path,

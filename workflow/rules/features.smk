@@ -28,9 +28,7 @@ rule features:
     params:
         config=feature_block,
         work=work_folder("features_{dataset}-{split}"),
-        python=lambda wildcards, resources: (
-            f"torchrun --standalone --nproc-per-node={resources.gpu}" if resources.gpu > 1 else "python"
-        ),
+        python=launcher,
     shell:
         "{params.python} -m simclr features --backbone {input.backbone} --dataset {input.dataset}"
         " --split {wildcards.split} --config {params.config:q} --work {params.work:q} --output {output}"
