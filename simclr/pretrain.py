@@ -11,6 +11,7 @@ import json
 import math
 import sys
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -44,8 +45,9 @@ def pretrain(
     """Pretrain a backbone and write it to `output`, with pretrain.json, .csv and .png beside it.
 
     `work` is a folder for rolling checkpoints and TensorBoard's log, in a folder of their own for each recipe
-    and images: after a kill, the same command goes on from there, on any number of processes; another recipe
-    starts afresh. SIGTERM and SIGUSR1 end the step, save, and exit with status 75.
+    and images: after a kill, the same command goes on from there, on any number of processes, having lost at
+    most two minutes and a step; another recipe starts afresh. SIGTERM and SIGUSR1 end the step, save, and
+    exit with status 75.
 
     Under `torchrun`, or `srun` with one task per GPU, the batch is divided over the processes. With the
     environment variable PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 `torchrun` passes SIGUSR1 on, instead of
@@ -55,6 +57,8 @@ def pretrain(
     works on the same run, for images that cannot be decoded, and for a loss or gradient that is not finite
     (`execution.skip_images` and `execution.skip_steps` of them are borne).
     """
+    if dataset.name != config.dataset:
+        raise BadInput(f"--dataset: expected the manifest of {config.dataset}, found that of {dataset.name}")
     with (
         distributed.process_group() as device,
         results.workplace(work, run_of(config, dataset)) as folder,
@@ -72,6 +76,7 @@ def pretrain(
         network = build(config).to(device, memory_format=torch.channels_last)
         optimizer = build_optimizer(config, network)
         state = resume(job, network, optimizer)
+        announce(job, state["step"], steps, len(paths))
         model = parallel(job, network).train()
         workers = stream.divide_cores(device)
 
@@ -203,7 +208,10 @@ def parallel(job: Job, network: nn.Module) -> nn.Module:
     if distributed.world_size() == 1:
         return network
     devices = [job.device] if job.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(network, devices, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        # torch 2.13 renames broadcast_buffers; 2.8 knows no other name.
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.parallel.DistributedDataParallel(network, devices, broadcast_buffers=False)
 
 
 def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -330,6 +338,19 @@ def knn_is_due(job: Job, epoch: int) -> bool:
     """Return whether the nearest neighbours are asked at the end of `epoch`, counted from 0."""
     every = job.execution.knn_every
     return every > 0 and ((epoch + 1) % every == 0 or epoch + 1 == job.config.epochs)
+
+
+def announce(job: Job, step: int, steps: int, images: int) -> None:
+    """Say in a line what is about to run, and from where."""
+    if distributed.rank() == 0:
+        config, on = job.config, job.machine
+        where = f"going on after step {step} of {steps}" if step else "starting"
+        print(
+            f"{config.architecture} at {job.size} pixels, {config.epochs} epochs of {images:,} images in "
+            f"steps of {config.batch_size}, on {on['processes']} × {on['device']} in {on['precision']}; "
+            f"{where}; state in {job.folder}",
+            flush=True,
+        )
 
 
 def count_steps(job: Job, images: int) -> int:

@@ -5,6 +5,7 @@ The newest two are kept. Each is written whole or not at all, and belongs to exa
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import sys
@@ -92,10 +93,12 @@ def differences(found: dict[str, Any], expected: dict[str, Any], prefix: str = "
 def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM and SIGUSR1 in the list that is yielded, instead of dying of them."""
     received: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: received.append(number))
-        for number in (signal.SIGTERM, signal.SIGUSR1)
-    }
+
+    def receive(number: int, _: Any) -> None:
+        received.append(number)
+        os.write(2, f"{signal.Signals(number).name}: stopping after this step\n".encode())
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield received
     finally:

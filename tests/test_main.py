@@ -61,6 +61,13 @@ def test_an_unknown_step_or_option_ends_with_status_2(capsys):
         assert end.value.code == 2
 
 
+def test_a_json_file_is_read_as_json(tmp_path):
+    file = tmp_path / "recipe.json"
+    file.write_text('{"architecture": "resnet18",}')
+    with pytest.raises(BadInput, match=r"--config: .*recipe.json is not valid JSON"):
+        read_block(str(file), Config)
+
+
 def test_bad_input_is_one_sentence(tmp_path, capsys):
     output = str(tmp_path / "x.safetensors")
     message = said(capsys, "random_init", "--config", '{"sede": 1}', "--output", output)

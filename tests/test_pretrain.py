@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -476,6 +477,12 @@ def test_micro_batches_are_refused_where_the_recipe_wants_whole_batches(manifest
 # ---------------------------------------------------------------- data
 
 
+def test_the_manifest_of_another_dataset_is_refused(manifest, tmp_path):
+    other = dataclasses.replace(Dataset.open(manifest), name="voc2007")
+    with pytest.raises(BadInput, match="--dataset: expected the manifest of imagenet, found that of voc2007"):
+        pretrain.pretrain(RECIPE, other, tmp_path / "b.safetensors", tmp_path / "work")
+
+
 def test_a_batch_that_does_not_fit_is_refused(manifest, tmp_path, monkeypatch):
     job = _job(tmp_path, manifest, Recipe())
     with pytest.raises(BadInput, match="at most the 22 images of imagenet's train split, found 256"):
@@ -669,6 +676,7 @@ def test_an_interrupt_ends_the_command_and_its_workers(manifest, tmp_path):
     slow = json.dumps(RECIPE.model_dump(mode="json") | {"epochs": 100_000})
     trainer = subprocess.Popen([*command[:-1], slow], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
+        assert "resnet18_w0.125 at 32 pixels, 100000 epochs of 22 images" in trainer.stdout.readline()
         assert "step 1 of" in trainer.stdout.readline()
         children = Path(f"/proc/{trainer.pid}/task/{trainer.pid}/children").read_text().split()
         trainer.send_signal(signal.SIGINT)
