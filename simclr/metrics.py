@@ -40,9 +40,8 @@ def average_precision(scores: np.ndarray, positives: np.ndarray) -> float:
     Source: MMSelfSup v0.11.0, tools/benchmarks/classification/svm_voc07/svm_helper.py.
     Raises `BadInput` for NaN, or without a positive.
     """
-    precision, recall = precision_recall(scores, positives)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(np.diff(recall, prepend=0.0) @ envelope)
+    precision = _precision_at_positives(scores, positives)
+    return float(np.maximum.accumulate(precision[::-1]).mean())
 
 
 def stepwise_average_precision(scores: np.ndarray, positives: np.ndarray) -> float:
@@ -50,22 +49,25 @@ def stepwise_average_precision(scores: np.ndarray, positives: np.ndarray) -> flo
 
     It chooses costs in cross-validation. Arguments, ties and errors as in `average_precision`.
     """
-    precision, recall = precision_recall(scores, positives)
-    return float(np.diff(recall, prepend=0.0) @ precision)
+    return float(_precision_at_positives(scores, positives).mean())
 
 
-def precision_recall(scores: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return precision and recall `(T,)` at each of the T distinct scores, from the highest down."""
+def _precision_at_positives(scores: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    """Return the precision `(P,)` at the score of each of the P positives, from the highest down.
+
+    Each positive is one P-th of the recall, and between two positives precision only falls: these are all
+    the thresholds that matter. Sorting the scores without their images is several times faster than with.
+    """
     scores, positives = np.asarray(scores), np.asarray(positives, dtype=bool)
     _check(scores, positives)
-    if not positives.any():
+    found = np.sort(scores[positives])
+    if not len(found):
         raise BadInput(
             f"average precision needs at least one positive; found none in {len(positives)} images"
         )
-    order = np.argsort(-scores, kind="stable")
-    last_of_ties = np.append(np.diff(scores[order]) != 0, True)
-    hits = np.cumsum(positives[order])[last_of_ties]
-    return hits / (np.flatnonzero(last_of_ties) + 1), hits / hits[-1]
+    hits = len(found) - np.searchsorted(found, found)
+    taken = len(scores) - np.searchsorted(np.sort(scores), found)
+    return (hits / taken)[::-1]
 
 
 def _check(scores: np.ndarray, labels: np.ndarray) -> None:
