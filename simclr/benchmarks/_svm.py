@@ -1,14 +1,21 @@
-"""Linear SVMs on frozen features: every class, fold and draw of one layer solved together.
+"""Linear SVMs on frozen features: every class, fold, draw and cost of one layer solved together.
 
 The problem is LIBLINEAR's squared-hinge SVM with a regularised intercept (scikit-learn's `LinearSVC`):
 
     P(w) = ‖w‖² / 2 + Σᵢ cᵢ max(0, 1 − yᵢ w·xᵢ)²,   x = (features, 1),   cᵢ = cost · class weight.
 
-All problems of a layer share their images, so they share one Gram matrix and its eigendecomposition. In
-the eigenbasis the Hessian is nearly diagonal, and Newton's method needs a handful of matrix products for
-all problems at once. With an exact line search every step lowers P, so no set of active images comes
-back, and on the right set Newton's step is the solution (Keerthi and DeCoste, JMLR 6, 2005). Steps are
-computed from the gradient, and the line search from the step, so their rounding errors vanish with them.
+All problems of a layer share their images, so they share one Gram matrix K. With w = Σᵢ βᵢ xᵢ the scores
+are f = Kβ, and one matrix product serves every problem. Let αᵢ = 2cᵢ yᵢ max(0, 1 − yᵢfᵢ). The gradient is
+−Σᵢ rᵢ xᵢ with r = α − β, and Newton's step is Σᵢ (rᵢ + εᵢ) xᵢ, where on the active images A (those with a
+loss) (K_AA + diag(1/2c)) ε = −(K r)_A, and ε = 0 elsewhere. With an exact line search every step lowers P,
+so no set of active images comes back, and on the right set Newton's step is the solution (Keerthi and
+DeCoste, JMLR 6, 2005). Steps are computed from r, so their rounding errors vanish with it.
+
+At a low cost nearly all images are active and the system is well conditioned but for the leading directions
+of K, which are shared: K = FFᵀ + a positive semi-definite rest of norm τ, F thin. Preconditioned with
+FFᵀ in place of K, conjugate gradients see a condition number of at most 1 + 4 · cost · τ, whatever the
+active images, and need a handful of iterations. At a high cost few images are active, and the system is
+factored.
 
 P is 1-strongly convex: its duality gap is half the squared norm of its gradient, and no score is further
 from the exact one than that norm times ‖x‖. That certifies every solution.
@@ -16,27 +23,57 @@ from the exact one than that norm times ‖x‖. That certifies every solution.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from simclr import BadInput
-
 POSITIVE_WEIGHT = 2.0  # class weights 2 and 1: MMSelfSup v0.11.0, svm_voc07/tools/train_svm_kfold.py
-TOLERANCE = 1e-8  # of the gradient's norm, relative to ‖w‖: a relative duality gap of at most 1e-16
-MAX_STEPS = 100  # of Newton's method; about ten are needed
+TOLERANCE = 1e-6  # of the gradient's norm, relative to ‖w‖: a relative duality gap of at most 1e-12
+MAX_STEPS = 100  # of Newton's method; about five are needed
+FORCING = 1e-3  # how far conjugate gradients reduce the residual of one step, at least
+LOW_COST = 0.1  # up to it, costs are solved side by side; above it, each is started from the one below
+WIDTH = 256  # about as many columns (problems × costs) are solved side by side
+WEAK = 1.0  # a direction of K is left to conjugate gradients where it curves the loss less than ‖w‖² / 2
+BLOCK = 2**21  # numbers in the Gram matrices of the groups that are best solved together (16 MiB)
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class Solution(NamedTuple):
-    """The P problems at one cost, for n images."""
+    """The P problems of each of G groups at one cost; n images a group."""
 
     cost: float
-    coefficients: Tensor  # (n, P): the score of x is Σᵢ coefficientᵢ (x·xᵢ)
-    scores: Tensor  # (n, P): of all n images, also of those that a problem was not trained on
-    gap: Tensor  # (P,): duality gap, as a share of the objective
+    coefficients: Tensor  # (G, P, n): the score of x is Σᵢ coefficientᵢ (x·xᵢ)
+    scores: Tensor  # (G, P, n): of all n images, also of those that a problem was not trained on
+    gap: Tensor  # (G, P): duality gap, as a share of the objective
+
+
+class Leading(NamedTuple):
+    """The leading part FFᵀ of a Gram matrix K; K − FFᵀ is positive semi-definite."""
+
+    factor: Tensor  # (…, n, m): F
+    pairs: Tensor  # (…, n, m(m + 1)/2): the products of the factors of each image, j ≤ i: 00, 10, 11, 20, …
+    eigenvalues: Tensor  # (m,): of FFᵀ, descending; the norm of K − FFᵀ is about the last one
+
+    def part(self, rows: Tensor) -> Leading:
+        """Return that of the smaller kernels of the images `rows` `(G, n)`, thinned to √n directions."""
+        rank = min(math.isqrt(rows.shape[1]), len(self.eigenvalues))
+        share = rows.shape[1] / len(self.factor)
+        pairs = self.pairs[:, : rank * (rank + 1) // 2]
+        return Leading(self.factor[rows, :rank], pairs[rows], share * self.eigenvalues[:rank])
+
+    def inverse(self, root: Tensor, rank: int) -> Tensor:
+        """Return (1 + Fᵀ root² F)⁻¹ `(G, p, rank, rank)` for each row of `root` `(G, p, n)`, F of `rank`."""
+        inner = root.new_zeros(*root.shape[:2], rank, rank)
+        row, column = torch.tril_indices(rank, rank, device=root.device)
+        inner[..., row, column] = inner[..., column, row] = root.square() @ self.pairs[..., : len(row)]
+        inner.diagonal(dim1=-2, dim2=-1).add_(1)
+        return torch.cholesky_inverse(torch.linalg.cholesky(inner))
 
 
 def device() -> torch.device:
@@ -44,183 +81,278 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def in_parallel(
+    function: Callable[[Item], Result], items: Iterable[Item], on: torch.device
+) -> Iterator[Result]:
+    """Yield the results of `function`, in order; on a CPU in as many threads as PyTorch uses.
+
+    PyTorch runs small operations in one thread, and has the other cores wait.
+    """
+    if on.type != "cpu":
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        yield from pool.map(function, items)
+
+
 def scaled(features: np.ndarray) -> Tensor:
     """Return `features` `(N, D)` in float64 as x / (‖x‖ + 1e-5): MMSelfSup v0.11.0, svm_helper.py."""
     features = torch.from_numpy(np.array(features, dtype=np.float64)).to(device())
-    return features / (features.norm(dim=1, keepdim=True) + 1e-5)
+    return features.div_(features.norm(dim=1, keepdim=True) + 1e-5)
 
 
 def gram(a: Tensor, b: Tensor) -> Tensor:
     """Return the inner products `(N, M)` of `a` `(N, D)` and `b` `(M, D)`, each with a 1 appended."""
-    return a @ b.T + 1
+    return (a @ b.T).add_(1)
+
+
+def scores(coefficients: Tensor, images: Tensor, others: Tensor) -> Tensor:
+    """Return the scores `(P, M)` of `others` `(M, D)`; `coefficients` is `(P, N)`, `images` `(N, D)`."""
+    return coefficients @ images @ others.T + coefficients.sum(dim=1, keepdim=True)
+
+
+def certificate(gaps: list[Tensor]) -> dict[str, float]:
+    """Return, for a record, how many problems were solved and the worst of their relative duality `gaps`.
+
+    `tolerance` is what the solver works to; see `Problems._tolerance` for where rounding does not allow it.
+    """
+    return {
+        "problems": sum(gap.numel() for gap in gaps),
+        "worst_relative_duality_gap": max(float(gap.max()) for gap in gaps),
+        "tolerance": TOLERANCE**2,
+    }
+
+
+def leading(kernel: Tensor) -> Leading:
+    """Return the leading √n directions of `kernel` `(n, n)`: with so many, F costs as little to use as K.
+
+    Nyström's approximation on the range that two steps of subspace iteration find (Halko, Martinsson and
+    Tropp, SIAM Review 53, 2011), from a fixed seed. The result changes no solution, only how soon it comes.
+    """
+    rank = math.isqrt(len(kernel))
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(len(kernel), min(rank + 8, len(kernel)), dtype=kernel.dtype, generator=generator)
+    directions = start.to(kernel.device)
+    for _ in range(2):
+        directions = torch.linalg.qr(kernel @ directions).Q
+    image = kernel @ directions
+    values, vectors = (found.flip(-1) for found in torch.linalg.eigh(directions.T @ image))
+    rank = min(rank, int((values > values[0] * len(kernel) * torch.finfo(kernel.dtype).eps).sum()))
+    factor = image @ vectors[:, :rank] / values[:rank].sqrt()
+    row, column = torch.tril_indices(rank, rank, device=kernel.device)
+    return Leading(factor, factor[:, row] * factor[:, column], values[:rank])
 
 
 class Problems:
-    """P binary problems over n images that share the Gram matrix `kernel` `(n, n)`.
+    """P binary problems in each of G groups of n images; a group shares its Gram matrix.
 
-    `signs` `(n, P)` is +1 for a positive, −1 for a negative, 0 for an image that the problem leaves out.
+    `kernel` is `(G, n, n)`. `signs` `(G, P, n)` is +1 for a positive, −1 for a negative, 0 for an image that
+    the problem leaves out. `leading` is that of the kernels, or of a larger kernel that they are parts of.
     """
 
-    def __init__(self, kernel: Tensor, signs: np.ndarray):
+    def __init__(self, kernel: Tensor, signs: np.ndarray, leading: Leading):
         self.kernel = kernel
-        self.signs = torch.from_numpy(np.asarray(signs, dtype=np.float64)).to(kernel.device)
+        self.signs = torch.as_tensor(signs).to(kernel)
         self.weights = torch.where(self.signs > 0, POSITIVE_WEIGHT, 1) * self.signs.abs()
-        self.basis, self.eigenvalues = eigenbasis(kernel)
+        self.leading = leading
 
     def path(self, costs: list[float]) -> Iterator[Solution]:
-        """Yield the solutions at each of `costs` in ascending order, each started from the one before.
+        """Yield the solution at each of `costs`, ascending.
 
         Raises `ArithmeticError` naming the cost and the problem that did not converge.
         """
-        problems = self.signs.shape[1]
-        w = self.kernel.new_zeros(self.basis.shape[1], problems)
-        iterations = self.kernel.new_ones(problems)  # that conjugate gradients took last for each problem
-        for cost in sorted(costs):
-            yield self._solve(cost, w, iterations)
+        start = torch.zeros_like(self.signs), torch.zeros_like(self.signs)
+        for batch in _batches(sorted(costs), WIDTH // self.signs.shape[1]):
+            for solution in self._solve(batch, *start):
+                start = solution.coefficients, solution.scores
+                yield solution
 
-    def _solve(self, cost: float, w: Tensor, iterations: Tensor) -> Solution:
-        """Improve `w` `(r, P)` in place by Newton's method until every problem has converged."""
-        live = torch.arange(w.shape[1], device=w.device)
+    def _solve(self, costs: list[float], coefficients: Tensor, scores: Tensor) -> Iterator[Solution]:
+        """Solve at each of `costs` by Newton's method from one start, until every problem has converged.
+
+        The rows of all tensors are the problems at the first cost, then at the second, and so on.
+        """
+        problems, repeats = self.signs.shape[1], (1, len(costs), 1)
+        cost = self.kernel.new_tensor(costs).repeat_interleave(problems)
+        signs, weights = self.signs.repeat(repeats), self.weights.repeat(repeats) * cost[:, None]
+        coefficients, scores = coefficients.repeat(repeats), scores.repeat(repeats)
+        gap = torch.zeros_like(scores[..., 0])
         tolerance = self._tolerance(cost)
+        live = torch.arange(len(cost), device=cost.device)
         for _ in range(MAX_STEPS):
-            state = self._state(cost, w, live)
-            converged = state.gradient.norm(dim=0) <= tolerance * state.w.norm(dim=0)
-            live = live[~converged]
-            if not len(live):
-                return self._solution(cost, w)
-            state = state.take(~converged)
-            step, iterations[live] = self._newton_step(state, iterations[live], tolerance)
-            w[:, live] += _step_length(state, step, self.basis @ step) * step
+            state = self._state(signs, weights, coefficients, scores, live)
+            gap[:, live] = state.squared_gradient / 2 / state.objective
+            converged = state.squared_gradient <= tolerance[live] ** 2 * state.squared_size
+            kept = ~converged.all(dim=0)
+            if not kept.any():
+                parts = (tensor.chunk(len(costs), dim=1) for tensor in (coefficients, scores, gap))
+                return map(Solution, costs, *parts)
+            live, state = live[kept], state.take(kept)
+            step, change = self._newton_step(state, cost[live], tolerance[live])
+            length = _step_length(state, step, change)[..., None]
+            coefficients[:, live] += length * step
+            scores[:, live] += length * change
         raise ArithmeticError(
-            f"SVM: {len(live)} of {w.shape[1]} problems did not converge at cost {cost:g} in {MAX_STEPS} "
-            f"steps; the first is problem {int(live[0])}"
+            f"SVM: {int((~converged).sum())} of {gap.numel()} problems did not converge at cost "
+            f"{float(cost[live[0]]):g} in {MAX_STEPS} steps; the first is problem {int(live[0]) % problems}"
         )
 
-    def _tolerance(self, cost: float) -> float:
+    def _tolerance(self, cost: Tensor) -> Tensor:
         """Return `TOLERANCE`, or what rounding leaves attainable: ε times a bound of the Hessian.
 
-        It is above `TOLERANCE` only where the cost times the number of images exceeds about a million.
+        It is above `TOLERANCE` only where the cost times the number of images exceeds about 10⁸.
         """
-        hessian = 1 + 2 * cost * POSITIVE_WEIGHT * float(self.eigenvalues[-1])
-        return max(TOLERANCE, 4 * torch.finfo(self.eigenvalues.dtype).eps * hessian)
+        hessian = 1 + 2 * cost * POSITIVE_WEIGHT * self.leading.eigenvalues[0]
+        return (4 * torch.finfo(cost.dtype).eps * hessian).clamp(min=TOLERANCE)
 
-    def _state(self, cost: float, w: Tensor, live: Tensor) -> _State:
-        w, signs, weights = w[:, live], self.signs[:, live], cost * self.weights[:, live]
-        scores = self.basis @ w
+    def _state(
+        self, signs: Tensor, weights: Tensor, coefficients: Tensor, scores: Tensor, live: Tensor
+    ) -> _State:
+        signs, weights, scores = signs[:, live], weights[:, live], scores[:, live]
         slack = (1 - signs * scores).clamp(min=0)
-        gradient = w - self.basis.T @ (2 * weights * slack * signs)
-        return _State(w, signs, weights, scores, slack, gradient)
+        residual = 2 * weights * slack * signs - coefficients[:, live]
+        product = self._times_kernel(residual)
+        squared_gradient = (residual * product).sum(dim=2).clamp(min=0)
+        squared_size = (coefficients[:, live] * scores).sum(dim=2)
+        objective = squared_size / 2 + (weights * slack.square()).sum(dim=2)
+        objective = objective.clamp(min=torch.finfo(objective.dtype).tiny)
+        return _State(
+            signs, weights, scores, slack, residual, product, squared_gradient, squared_size, objective
+        )
 
-    def _solution(self, cost: float, w: Tensor) -> Solution:
-        state = self._state(cost, w, torch.arange(w.shape[1], device=w.device))
-        objective = state.w.square().sum(0) / 2 + (state.weights * state.slack.square()).sum(0)
-        gap = state.gradient.square().sum(0) / 2 / objective.clamp(min=torch.finfo(w.dtype).tiny)
-        return Solution(cost, 2 * state.weights * state.slack * state.signs, state.scores, gap)
+    def _times_kernel(self, vectors: Tensor) -> Tensor:
+        """Return `vectors` `(G, p, n)` times the kernel; of a single one only the rows that are needed."""
+        if len(vectors) == 1:
+            needed = vectors[0].any(dim=0).nonzero()[:, 0]
+            if 5 * len(needed) < vectors.shape[2]:  # else copying them takes longer
+                return (vectors[0][:, needed] @ self.kernel[0][needed])[None]
+        return vectors @ self.kernel
 
-    def _newton_step(self, state: _State, iterations: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
-        """Return the step `(r, p)` and the conjugate-gradient iterations `(p,)` to expect next time.
+    def _newton_step(self, state: _State, cost: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
+        """Return r + ε and K(r + ε), each `(G, p, n)`, with ε by the cheaper way for each problem.
 
-        At a high cost few images are active and conjugate gradients are slow: where factoring the active
-        block of the Gram matrix (a³/3 operations) is cheaper than the iterations that the problem took
-        last (4nr operations each), it is factored instead.
+        In units of an operation: gathering a active images takes 200a², and factoring them a³/3; an iteration
+        of conjugate gradients takes 2n² for each problem, and reading K as long as eight problems. Reaching
+        an accuracy takes about √κ log(2 / accuracy) / 2 iterations, at a condition number of κ.
         """
-        active = state.curvature > 0
-        direct = active.sum(0) ** 3 / 3 < 4 * self.basis.numel() * iterations
-        step, iterations = torch.zeros_like(state.w), iterations.clone()
-        for column in direct.nonzero().flatten().tolist():
-            step[:, column] = self._factored_step(state, column, active[:, column].nonzero().flatten())
+        ratio = (state.squared_gradient / state.squared_size).sqrt().nan_to_num(torch.inf)
+        accuracy = torch.maximum(ratio.clamp(max=FORCING), tolerance / 4 / ratio)
+        root = (2 * state.weights * (state.slack > 0)).sqrt()
+        active, (_, problems, images) = (root > 0).sum(dim=2), root.shape
+        hessian = 2 * POSITIVE_WEIGHT * cost * self.leading.eigenvalues[:, None]  # (m, p): its eigenvalues
+        iterations = ((1 + hessian[-1]).sqrt() * (2 / accuracy).log() / 2).clamp(min=1)
+        iterated = 2 * images**2 * iterations * (1 + 8 / problems)
+        factored = active**3 / 3 + 200 * active**2
+        direct = (factored.sum(dim=0) < iterated.sum(dim=0)) | (4 * iterations > images).any(dim=0)
+        step, change = state.residual.clone(), state.product.clone()
+        if direct.any():
+            found = self._factored(root[:, direct], state.product[:, direct])
+            step[:, direct] += found
+            change[:, direct] += self._times_kernel(found)
         if not direct.all():
-            step[:, ~direct], iterations[~direct] = self._conjugate_gradients(state.take(~direct), tolerance)
-        return step, iterations
+            rank = int((hessian[:, ~direct] > WEAK).any(dim=1).sum().clamp(min=1))
+            found, image = self._conjugate_gradients(
+                root[:, ~direct], state.product[:, ~direct], accuracy[:, ~direct], rank
+            )
+            step[:, ~direct] += found
+            change[:, ~direct] += image
+        return step, change
 
-    def _factored_step(self, state: _State, column: int, active: Tensor) -> Tensor:
-        """Return the exact step `(r,)` of one problem, by the Cholesky factor of its active block.
+    def _factored(self, root: Tensor, product: Tensor) -> Tensor:
+        """Return ε `(G, p, n)` by the Cholesky factors of the active blocks; `root` is √2c or 0."""
+        found, images = torch.zeros_like(root), root.shape[2]
 
-        With B the rows and D the curvatures of the active images, and g the gradient (Woodbury):
-        −(1 + BᵀDB)⁻¹ g = Bᵀ(BBᵀ + D⁻¹)⁻¹ Bg − g.
+        def solve(at: tuple[int, int]) -> None:
+            active = root[at].nonzero()[:, 0]
+            block = self.kernel[at[0]].take(active[:, None] * images + active)
+            block.diagonal().add_(root[at][active] ** -2)
+            right = -product[at][active, None]
+            found[at][active] = torch.cholesky_solve(right, torch.linalg.cholesky(block))[:, 0]
+
+        list(in_parallel(solve, np.ndindex(*root.shape[:2]), root.device))
+        return found
+
+    def _conjugate_gradients(
+        self, root: Tensor, product: Tensor, accuracy: Tensor, rank: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return ε as `_factored` does, to a relative `accuracy` `(G, p)` of the residual, and Kε.
+
+        ε = root · z with (root K root + 1) z = −root · K r.
         """
-        rows, gradient = self.basis[active], state.gradient[:, column]
-        block = self.kernel[active[:, None], active]
-        block.diagonal().add_(1 / state.curvature[active, column])
-        factor = torch.linalg.cholesky(block)
-        return torch.cholesky_solve((rows @ gradient)[:, None], factor)[:, 0] @ rows - gradient
+        factor, inverse = self.leading.factor[..., :rank].contiguous(), self.leading.inverse(root, rank)
 
-    def _conjugate_gradients(self, state: _State, tolerance: float) -> tuple[Tensor, Tensor]:
-        """Return steps `(r, p)` that solve Newton's equation the better the nearer the solution is."""
-        norm, size = state.gradient.norm(dim=0), state.w.norm(dim=0)
-        target = torch.maximum(norm * (norm / size).clamp(max=0.1), tolerance / 4 * size)
-        # In the eigenbasis, Σ over all images of x xᵀ is diag(eigenvalues); over the active ones, nearly so.
-        diagonal = 1 + self.eigenvalues[:, None] * state.curvature.mean(0)
-        step, residual = torch.zeros_like(state.w), -state.gradient
-        direction = residual / diagonal
-        energy = (residual * direction).sum(0)
-        iterations = torch.zeros_like(norm)
-        for _ in range(10 * len(step)):
-            wanting = residual.norm(dim=0) > target
+        def precondition(vectors: Tensor) -> Tensor:
+            """Return (root FFᵀ root + 1)⁻¹ times `vectors`, by Woodbury's identity."""
+            inner = ((root * vectors) @ factor)[..., None, :] @ inverse
+            return vectors - root * (inner[..., 0, :] @ factor.mT)
+
+        residual = -root * product
+        solution, image = torch.zeros_like(root), torch.zeros_like(root)
+        direction = precondition(residual)
+        energy = (residual * direction).sum(dim=2)
+        target = accuracy.square() * energy
+        for _ in range(root.shape[2]):
+            wanting = energy > target
             if not wanting.any():
                 break
-            iterations += wanting
-            product = direction + self.basis.T @ (state.curvature * (self.basis @ direction))
-            length = torch.where(wanting, energy / (direction * product).sum(0), 0.0)
-            step += length * direction
-            residual -= length * product
-            preconditioned = residual / diagonal
-            previous, energy = energy, (residual * preconditioned).sum(0)
-            direction = preconditioned + torch.where(wanting, energy / previous, 0.0) * direction
-        return step, iterations
+            kernel_direction = self._times_kernel(root * direction)
+            curved = direction + root * kernel_direction
+            length = torch.where(wanting, energy / (direction * curved).sum(dim=2), 0.0)[..., None]
+            solution += length * direction
+            image += length * kernel_direction
+            residual -= length * curved
+            preconditioned = precondition(residual)
+            previous, energy = energy, (residual * preconditioned).sum(dim=2)
+            direction = preconditioned + torch.where(wanting, energy / previous, 0.0)[..., None] * direction
+        return root * solution, image
 
 
 class _State(NamedTuple):
-    """Where Newton's method stands: columns are problems, rows basis vectors (r) or images (n)."""
+    """Where Newton's method stands: the second index is the problem, the last the image, if any."""
 
-    w: Tensor  # (r, p)
-    signs: Tensor  # (n, p)
-    weights: Tensor  # (n, p): cost · class weight
-    scores: Tensor  # (n, p)
-    slack: Tensor  # (n, p): max(0, 1 − y w·x)
-    gradient: Tensor  # (r, p)
+    signs: Tensor  # (G, p, n)
+    weights: Tensor  # (G, p, n): cost · class weight
+    scores: Tensor  # (G, p, n)
+    slack: Tensor  # (G, p, n): max(0, 1 − y f)
+    residual: Tensor  # (G, p, n): r; the gradient is −Σᵢ rᵢ xᵢ
+    product: Tensor  # (G, p, n): K r
+    squared_gradient: Tensor  # (G, p)
+    squared_size: Tensor  # (G, p): ‖w‖²
+    objective: Tensor  # (G, p)
 
-    @property
-    def curvature(self) -> Tensor:
-        """Second derivative of each image's loss: 2c where the image is active, else 0."""
-        return 2 * self.weights * (self.slack > 0)
-
-    def take(self, columns: Tensor) -> _State:
-        return _State(*(tensor[:, columns] for tensor in self))
+    def take(self, problems: Tensor) -> _State:
+        return self if problems.all() else _State(*(tensor[:, problems] for tensor in self))
 
 
-def eigenbasis(kernel: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `(n, r)` coordinates of the n images whose inner products are `kernel`, and r eigenvalues.
-
-    Directions without variance are left out; r is the rank. Raises `BadInput` when `kernel` is not finite.
-    """
-    if not torch.isfinite(kernel).all():
-        row = int((~torch.isfinite(kernel)).any(dim=1).nonzero()[0])
-        raise BadInput(f"row {row} of the features holds NaN or infinity; extract the features again")
-    eigenvalues, vectors = torch.linalg.eigh(kernel)
-    kept = eigenvalues > eigenvalues[-1] * len(kernel) * torch.finfo(kernel.dtype).eps
-    return vectors[:, kept] * eigenvalues[kept].sqrt(), eigenvalues[kept]
+def _batches(costs: list[float], low: int) -> Iterator[list[float]]:
+    """Split ascending `costs` into those solved side by side: `low` at once up to `LOW_COST`, then singly."""
+    few = [cost for cost in costs if cost <= LOW_COST]
+    low = max(1, low)
+    yield from (few[at : at + low] for at in range(0, len(few), low))
+    yield from ([cost] for cost in costs[len(few) :])
 
 
 def _step_length(state: _State, step: Tensor, change: Tensor) -> Tensor:
-    """Return the length `(p,)` that minimises each objective along `step`; `change` `(n, p)` is its scores'.
+    """Return the length `(G, p)` that minimises each objective along `step`; `change` is its scores'.
 
     Along a line the slope is increasing and piecewise linear: Newton's method between safe bounds ends on
     its zero. Only changes along the line are summed, so that nothing cancels near the solution.
     """
-    start, square = (state.gradient * step).sum(0), step.square().sum(0)
+    start, square = -(state.product * step).sum(dim=2), (step * change).sum(dim=2)
     gain = state.signs * change  # how fast each image's slack shrinks
     excess = state.slack - (1 - state.signs * state.scores)  # how far an inactive image is from its margin
     length = torch.ones_like(start)
     low, high = torch.zeros_like(start), torch.full_like(start, torch.inf)
     for _ in range(100):
-        shrunk = torch.minimum(state.slack, length * gain + excess)
-        slope = start + length * square + (2 * state.weights * shrunk * gain).sum(0)
-        if (slope.abs() <= 1e-6 * start.abs()).all():
+        shrunk = torch.minimum(state.slack, length[..., None] * gain + excess)
+        slope = start + length * square + (2 * state.weights * shrunk * gain).sum(dim=2)
+        found = slope.abs() <= 1e-3 * start.abs()
+        if found.all():
             break
-        curvature = square + (2 * state.weights * (shrunk < state.slack) * gain.square()).sum(0)
+        curvature = square + (2 * state.weights * (shrunk < state.slack) * gain.square()).sum(dim=2)
         low, high = torch.where(slope < 0, length, low), torch.where(slope < 0, high, length)
         middle = torch.where(high.isinf(), 2 * low, (low + high) / 2)
         newton = length - slope / curvature
-        length = torch.where((low < newton) & (newton < high), newton, middle)
+        better = torch.where((low < newton) & (newton < high), newton, middle)
+        length = torch.where(found, length, better)
     return length

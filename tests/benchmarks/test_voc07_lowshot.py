@@ -6,50 +6,82 @@ import hashlib
 
 import numpy as np
 import pytest
-from test_voc07_svm import COSTS, LAYERS, fit, unit, voc
+from sklearn.model_selection import cross_val_score
+from test__svm import COSTS, fit, liblinear, unit
+from test_voc07_svm import LAYERS, voc
 
 from simclr import BadInput
-from simclr.benchmarks import voc07_lowshot, voc07_svm
+from simclr.benchmarks import _svm, voc07_lowshot, voc07_svm
 from simclr.benchmarks.voc07_lowshot import Config, draw, evaluate
 from simclr.features import Features
 from simclr.metrics import average_precision
 from simclr.results import DatasetStamp, Record
 
-SMALL = {"shots": [1, 4], "negatives": 2, "samples": 3, "costs": [1.0, 0.0625, 10.0], "layer": "feature5"}
+SMALL = {"shots": [1, 2, 4], "negatives": 2, "samples": 3, "costs": [1.0, 0.0625, 10.0], "layer": "feature5"}
 
 
 def published(train, test, config):
-    """mAP `(costs, K, samples)` on test and on the undrawn images, problem by problem."""
+    """mAP `(costs, K, samples)` on test, and in cross-validation within the draw, problem by problem."""
     rows = [unit(f.layers[config.layer].astype(np.float64)) for f in (train, test)]
-    found = np.zeros((2, len(config.costs), len(config.shots), config.samples))
-    for cost, k, sample in np.ndindex(found.shape[1:]):
+    tested, validated = np.zeros((2, len(config.costs), len(config.shots), config.samples))
+    for cost, k, sample in np.ndindex(tested.shape):
         signs = draw(train.labels, config.shots[k], sample, config)
-        for index, column in enumerate(signs.T):
-            svm = fit(config.costs[cost], rows[0][column != 0], column[column != 0])
-            splits = ((test, rows[1], True), (train, rows[0], column == 0))
-            for split, (features, images, wanted) in enumerate(splits):
-                kept = (features.labels[:, index] >= 0) & wanted
-                scores = svm.decision_function(images[kept])
-                found[split, cost, k, sample] += average_precision(scores, features.labels[kept, index] == 1)
-    return 100 * found / train.labels.shape[1]
+        folds = min(config.folds, config.shots[k])
+        for column, labels in zip(signs.T, test.labels.T, strict=True):
+            images, targets = rows[0][column != 0], column[column != 0]
+            scores = fit(config.costs[cost], images, targets).decision_function(rows[1][labels >= 0])
+            tested[cost, k, sample] += average_precision(scores, labels[labels >= 0] == 1)
+            if folds > 1:
+                svm = liblinear(config.costs[cost])
+                of_folds = cross_val_score(svm, images, targets, cv=folds, scoring="average_precision")
+                validated[cost, k, sample] += of_folds.mean()
+    return 100 * tested / train.labels.shape[1], validated / train.labels.shape[1]
 
 
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
 def test_equals_the_published_scripts():
     train, test, config = voc(1, 60, 12), voc(2, 40, 12), Config(**SMALL)
     found = evaluate(train, test, config)
-    tested, undrawn = published(train, test, config)
-    assert set(found) == {"k1", "k4", "k1_held_out", "k4_held_out"}
-    for row, key in enumerate(("k1", "k4")):
+    tested, validated = published(train, test, config)
+    assert set(found) == {f"k{k}{kind}" for k in config.shots for kind in ("", "_cross_validated")}
+    for row, k in enumerate(config.shots):
         best = tested[:, row].mean(axis=1).argmax()
-        assert found[key] == pytest.approx(tested[best, row].mean())
-        assert found.spread[key] == pytest.approx(np.sqrt(np.mean((tested[best, row] - found[key]) ** 2)))
-        assert found.trials[key] == 3
-        assert found.details[key]["cost"] == config.costs[best]
-        assert found.details[key]["map_of_each_draw"] == pytest.approx(tested[best, row])
-        honest = undrawn[:, row].mean(axis=1).argmax()
-        assert found[f"{key}_held_out"] == pytest.approx(tested[honest, row].mean())
-        assert found[f"{key}_held_out"] <= found[key]
-    assert found.details["worst_relative_duality_gap"] < 1e-14
+        check(found, f"k{k}", [best] * 3, tested[:, row], config)
+        own = validated[:, max(row, 1)].argmax(axis=0)  # k = 1 takes the cost of k = 2
+        check(found, f"k{k}_cross_validated", own, tested[:, row], config)
+    certificate = found.details["certificate"]
+    assert certificate["worst_relative_duality_gap"] <= certificate["tolerance"] == 1e-12
+    assert certificate["problems"] == 3 * 3 * 3 * (1 + 3 + 4)  # costs × classes × samples × (1 + folds) of k
+    assert "optimistic" in found.details["choice_of_cost"]["k"]
+
+
+def check(found, key, chosen, tested, config):
+    maps = tested[chosen, range(config.samples)]
+    assert found[key] == pytest.approx(maps.mean())
+    assert found.spread[key] == pytest.approx(np.sqrt(np.mean((maps - maps.mean()) ** 2)))
+    assert found.trials[key] == 3
+    assert found.details[key]["cost"] == [config.costs[at] for at in chosen]
+    assert found.details[key]["map_of_each_draw"] == pytest.approx(maps)
+
+
+def test_the_test_set_has_no_part_in_the_cross_validation():
+    train, config = voc(1, 60, 12), Config(**SMALL)
+    found = [evaluate(train, voc(seed, 40, 12), config).details for seed in (2, 3)]
+    for key in ("k1_cross_validated", "k2_cross_validated", "k4_cross_validated"):
+        assert found[0][key]["cost"] == found[1][key]["cost"]
+
+
+def test_without_a_larger_k_there_is_no_cross_validation_at_one():
+    train, test = voc(1, 60, 12), voc(2, 40, 12)
+    assert set(evaluate(train, test, Config(**{**SMALL, "shots": [1]}))) == {"k1"}
+    assert "k1_cross_validated" in evaluate(train, test, Config(**{**SMALL, "shots": [2, 1]}))
+
+
+def test_the_result_does_not_depend_on_how_many_draws_are_solved_together(monkeypatch):
+    train, test, config = voc(1, 60, 12), voc(2, 40, 12), Config(**SMALL)
+    together = evaluate(train, test, config)
+    monkeypatch.setattr(_svm, "BLOCK", 1)
+    assert evaluate(train, test, config) == pytest.approx(together)
 
 
 def test_a_draw_takes_k_positives_and_the_negatives_without_difficult_images():
@@ -89,13 +121,6 @@ def test_the_record_holds_a_hash_of_every_draw():
     for k in config.shots:
         drawn = [draw(train.labels, k, sample, config) for sample in range(config.samples)]
         assert hashes[f"k{k}"] == [hashlib.sha256(signs.tobytes()).hexdigest() for signs in drawn]
-
-
-def test_held_out_is_left_out_where_every_positive_is_drawn():
-    train, test = voc(1, 60, 12, classes=1), voc(2, 40, 12, classes=1)
-    every = int((train.labels == 1).sum())
-    found = evaluate(train, test, Config(**{**SMALL, "shots": [2, every], "negatives": 1}))
-    assert set(found) == {"k2", "k2_held_out", f"k{every}"}
 
 
 def record(**changes):
@@ -147,6 +172,10 @@ def test_bad_input_is_refused():
         evaluate(train, test, Config(**{**SMALL, "shots": [2], "negatives": 30}))
     with pytest.raises(BadInput, match="train features have no feature5"):
         evaluate(Features({"feature1": np.ones((60, 2))}, train.labels), test, Config(**SMALL))
+    difficult = train.labels.copy()
+    difficult[:, 2] = -1
+    with pytest.raises(BadInput, match=r"class 2: k = 1 needs 1 positive training images; found 0"):
+        evaluate(Features(train.layers, difficult), test, Config(**SMALL))
     empty = test.labels.copy()
     empty[:, 1] = 0
     with pytest.raises(BadInput, match="class 1: the test split needs positives"):

@@ -1,4 +1,4 @@
-"""The SVM solver against LIBLINEAR; the protocol against the published script, with scikit-learn."""
+"""The VOC SVM against the published script, with scikit-learn."""
 
 from __future__ import annotations
 
@@ -6,174 +6,17 @@ import warnings
 
 import numpy as np
 import pytest
-import torch
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold, cross_val_score
-from sklearn.svm import LinearSVC
+from test__svm import COSTS, fit, liblinear, unit
 
 from simclr import BadInput
-from simclr.benchmarks import _svm, voc07_svm
+from simclr.benchmarks import voc07_svm
 from simclr.benchmarks.voc07_svm import Config, evaluate, stratified_folds
 from simclr.features import Features
 from simclr.metrics import average_precision
 
-COSTS = Config().costs
 LAYERS = ["feature1", "feature2", "feature3", "feature4", "feature5"]
-
-
-def liblinear(cost):
-    return LinearSVC(C=cost, class_weight={1: 2, -1: 1}, dual=True, tol=1e-10, max_iter=1_000_000)
-
-
-def fit(cost, rows, signs):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # at cost 100 LIBLINEAR's own stopping rule can be out of reach
-        return liblinear(cost).fit(rows, signs)
-
-
-def unit(rows):
-    return rows / (np.linalg.norm(rows, axis=1, keepdims=True) + 1e-5)
-
-
-def problem(kind):
-    """Return images `(n, D)` and the signs `(n, P)` of three problems."""
-    random = np.random.default_rng(0)
-    rows = random.normal(size=(40, 8)) + 0.5
-    if kind == "wide":
-        rows = random.normal(size=(30, 70))
-    elif kind == "rank deficient":
-        rows = random.normal(size=(40, 3)) @ random.normal(size=(3, 20))
-    elif kind == "duplicate rows":
-        rows = np.tile(random.normal(size=(13, 8)), (3, 1))
-    elif kind == "zero rows":
-        rows[::3] = 0
-    signs = np.where(random.random((len(rows), 3)) < 0.3, 1, -1)
-    signs[:2] = [[1], [-1]]
-    if kind == "one positive":
-        signs[1:] = -1
-    return unit(rows), signs
-
-
-KINDS = ["tall", "wide", "rank deficient", "duplicate rows", "zero rows", "one positive"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_solver_equals_liblinear(kind):
-    rows, signs = problem(kind)
-    images = torch.from_numpy(rows)
-    solutions = {s.cost: s for s in _svm.Problems(_svm.gram(images, images), signs).path(COSTS)}
-    assert sorted(solutions) == sorted(COSTS)
-    for cost in COSTS:
-        for column in range(3):
-            expected = fit(cost, rows, signs[:, column]).decision_function(rows)
-            found = solutions[cost]
-            scale = np.abs(expected).max()
-            np.testing.assert_allclose(found.scores[:, column], expected, rtol=0, atol=1e-5 * scale)
-            on_kernel = _svm.gram(images, images) @ found.coefficients[:, column]
-            np.testing.assert_allclose(on_kernel, found.scores[:, column], rtol=0, atol=1e-6 * scale)
-            assert found.gap[column] < 1e-14
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_gap_is_that_of_primal_and_dual(kind):
-    """The duality gap from its two definitions, at a point that is not the solution."""
-    rows, signs = problem(kind)
-    images = torch.from_numpy(rows)
-    problems = _svm.Problems(_svm.gram(images, images), signs)
-    w = torch.full((problems.basis.shape[1], 3), 0.1, dtype=torch.float64)
-    found = problems._solution(0.7, w)
-    weights = 0.7 * np.where(signs > 0, 2, 1)
-    slack = np.maximum(0, 1 - signs * found.scores.numpy())
-    primal = (w**2).sum(0).numpy() / 2 + (weights * slack**2).sum(0)
-    alpha = 2 * weights * slack
-    dual_w = np.concatenate([rows, np.ones((len(rows), 1))], axis=1).T @ (alpha * signs)
-    dual = alpha.sum(0) - (dual_w**2).sum(0) / 2 - (alpha**2 / (4 * weights)).sum(0)
-    np.testing.assert_allclose(found.gap, (primal - dual) / primal, rtol=1e-8)
-
-
-@pytest.mark.parametrize("way", ["factored", "conjugate gradients"])
-def test_both_ways_to_a_newton_step_reach_the_solution(way, monkeypatch):
-    def step(self, state, iterations, tolerance):
-        if way == "conjugate gradients":
-            return self._conjugate_gradients(state, tolerance)
-        columns = range(state.w.shape[1])
-        active = state.curvature > 0
-        steps = [self._factored_step(state, c, active[:, c].nonzero().flatten()) for c in columns]
-        return torch.stack(steps, dim=1), iterations
-
-    monkeypatch.setattr(_svm.Problems, "_newton_step", step)
-    test_the_solver_equals_liblinear("wide")
-
-
-def hard(duplicates):
-    """Return nearly parallel images `(120, D)` of decaying spectrum, with labels at random, 20 % positive."""
-    random = np.random.default_rng(0)
-    width = 40 if duplicates else 120
-    latent = 0.05 * random.normal(size=(120, width)) * np.exp(-5 * np.arange(width) / width)
-    rows = np.maximum(1 + latent @ random.normal(size=(width, width)), 0)
-    if duplicates:
-        rows[-20:] = rows[:20]
-    return unit(rows), np.where(random.random((120, 8)) < 0.2, 1, -1)
-
-
-@pytest.mark.parametrize("duplicates", [False, True])
-@pytest.mark.parametrize(("cost", "tolerance"), [(100.0, 1e-8), (100.0, 1e-10), (1e4, 1e-8), (1e5, 1e-8)])
-def test_hard_features_converge_with_room_to_spare(duplicates, cost, tolerance, monkeypatch):
-    """Steps whose rounding errors do not shrink with the gradient stall before these tolerances."""
-    rows, signs = hard(duplicates)
-    images = torch.from_numpy(rows)
-    monkeypatch.setattr(_svm, "TOLERANCE", tolerance)
-    monkeypatch.setattr(_svm, "MAX_STEPS", 30)
-    (found,) = _svm.Problems(_svm.gram(images, images), signs).path([cost])
-    assert found.gap.max() < (1e-16 if cost < 1e5 else 1e-13)
-    if cost == 100:
-        expected = fit(cost, rows, signs[:, 0])
-        np.testing.assert_allclose(found.scores[:, 0], expected.decision_function(rows), rtol=0, atol=1e-6)
-
-
-def test_the_step_length_is_the_minimum_along_the_line():
-    """Against bisection of the slope, from a point with active and inactive images, for steps of any size."""
-    rows, signs = hard(duplicates=False)
-    images = torch.from_numpy(rows)
-    problems = _svm.Problems(_svm.gram(images, images), signs)
-    random = np.random.default_rng(1)
-    w = torch.from_numpy(random.normal(size=(problems.basis.shape[1], 8)))
-    state = problems._state(100.0, w, torch.arange(8))
-    step = -state.gradient * torch.logspace(-9, 3, 8, dtype=torch.float64) / state.gradient.norm(dim=0)
-    found = _svm._step_length(state, step, problems.basis @ step)
-
-    def slope(length):
-        return (problems._state(100.0, w + length * step, torch.arange(8)).gradient * step).sum(0)
-
-    low, high = torch.zeros(8, dtype=torch.float64), torch.full((8,), 1e12, dtype=torch.float64)
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = torch.where(slope(middle) < 0, middle, low), torch.where(slope(middle) < 0, high, middle)
-    np.testing.assert_allclose(found, low, rtol=1e-5)
-
-
-def test_features_are_scaled_to_almost_unit_length():
-    found = _svm.scaled(np.array([[3, 4], [0, 0], [3e-5, 4e-5]], dtype=np.float32))
-    np.testing.assert_allclose(found, [[3 / 5.00001, 4 / 5.00001], [0, 0], [0.5, 2 / 3]], rtol=1e-6)
-
-
-def test_images_left_out_do_not_count_and_are_scored():
-    rows, signs = problem("tall")
-    images = torch.from_numpy(rows)
-    signs[::4] = 0
-    (found,) = _svm.Problems(_svm.gram(images, images), signs).path([1.0])
-    for column in range(3):
-        kept = signs[:, column] != 0
-        expected = fit(1.0, rows[kept], signs[kept, column]).decision_function(rows)
-        np.testing.assert_allclose(found.scores[:, column], expected, atol=1e-7)
-
-
-def test_a_problem_that_does_not_converge_is_an_error(monkeypatch):
-    rows, signs = problem("tall")
-    images = torch.from_numpy(rows)
-    monkeypatch.setattr(_svm, "MAX_STEPS", 2)
-    with pytest.raises(ArithmeticError, match="3 of 3 problems did not converge at cost 10 in 2 steps"):
-        list(_svm.Problems(_svm.gram(images, images), signs).path([10.0]))
 
 
 def voc(seed, images, dims, signal=1.0, classes=3):
@@ -217,7 +60,9 @@ def test_equals_the_published_script():
         chosen, precisions = published(train, test, layer, costs)
         assert found.details[layer]["cost"] == chosen
         assert found.details[layer]["average_precision"] == pytest.approx(precisions, abs=1e-9)
-        assert found.details[layer]["worst_relative_duality_gap"] < 1e-14
+        certificate = found.details[layer]["certificate"]
+        assert certificate["worst_relative_duality_gap"] <= certificate["tolerance"] == 1e-12
+        assert certificate["problems"] == 5 * 3 * 4  # costs × classes × (folds + 1)
         means[layer] = np.mean(precisions)
         assert found[layer] == pytest.approx(means[layer], abs=1e-9)
     best = max(means, key=means.get)
@@ -311,5 +156,7 @@ def test_bad_input_is_refused():
         Features({"feature5": rows}, train.labels)
     with pytest.raises(BadInput, match="feature5: expected one row for each of 59 labels"):
         Features({"feature5": train.layers["feature5"]}, train.labels[:59])
-    with pytest.raises(BadInput, match="row 2 of the features holds NaN"):
-        _svm.eigenbasis(torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, torch.nan, 1]]))
+    with pytest.raises(BadInput, match=r"class 0: 3 folds need .* found 0 and 60"):
+        evaluate(relabelled(train, 0, -1), test, config)
+    with pytest.raises(BadInput, match=r"class 2: the test split needs .* found 0 positive and 0 negative"):
+        evaluate(train, relabelled(test, 2, -1), config)
