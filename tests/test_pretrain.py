@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -674,7 +675,10 @@ def test_a_command_that_fails_ends(spoilt, tmp_path, launcher):
 def test_an_interrupt_ends_the_command_and_its_workers(manifest, tmp_path):
     command = [sys.executable, *_command(manifest, tmp_path)]
     slow = json.dumps(RECIPE.model_dump(mode="json") | {"epochs": 100_000})
-    trainer = subprocess.Popen([*command[:-1], slow], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    # Where the tests run in the background, the shell has them, and what they start, ignore interrupts.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [*command[:-1], slow]
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=heed)
     try:
         assert "resnet18_w0.125 at 32 pixels, 100000 epochs of 22 images" in trainer.stdout.readline()
         assert "step 1 of" in trainer.stdout.readline()
