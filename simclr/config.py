@@ -333,6 +333,12 @@ class Model(Closed):
         description="GPUs for pretraining; the other jobs of the model take one, or up to those of a node "
         "where they divide their work. 0: all on the CPU. Does not change the recipe.",
     )
+    nodes: int = Field(
+        1,
+        ge=1,
+        description="Nodes of a Slurm cluster that those GPUs are on, equally many on each. Above 1, one "
+        "`srun` starts pretraining with a task per GPU. Does not change the recipe.",
+    )
     execution: Execution = Execution()
 
     @model_validator(mode="after")
@@ -341,6 +347,12 @@ class Model(Closed):
             raise ValueError(
                 f"give exactly one of {', '.join(SOURCES)}; found {', '.join(self.source_blocks) or 'none'}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _nodes_share_the_gpus(self) -> Model:
+        if self.nodes > 1 and (self.gpus == 0 or self.gpus % self.nodes):
+            raise ValueError(f"gpus: expected a multiple of the {self.nodes} nodes, found {self.gpus}")
         return self
 
     @property

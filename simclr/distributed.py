@@ -22,10 +22,12 @@ def process_group() -> Iterator[torch.device]:
 
     With `srun`, give `--kill-on-bad-exit=1`, which ends the others when one fails; `torchrun` does so itself.
 
-    The backend is nccl on GPUs, one GPU per process, and gloo on CPUs. Raises `BadInput` when the port on
-    which they meet is in use, and in the processes that are left when another has ended.
+    The backend is nccl on GPUs, one GPU per process, and gloo on CPUs. Raises `BadInput` when torch sees none
+    of the GPUs that this process was given, when the port on which they meet is in use, and in the processes
+    that are left when another has ended.
     """
     adopt_slurm_step()
+    refuse_cpu()
     device = torch.device("cpu")
     if torch.cuda.is_available():
         # A task to which Slurm gave a GPU of its own sees that alone.
@@ -48,6 +50,18 @@ def process_group() -> Iterator[torch.device]:
         raise
     # After any other exception this process ends as it is: to take leave, it would wait for the others.
     leave()
+
+
+def refuse_cpu() -> None:
+    """Raise `BadInput` where Slurm or a user gave GPUs, of which torch sees none."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if given in ("", "-1", "NoDevFiles") or torch.cuda.is_available() or "SIMCLR_ALLOW_CPU" in os.environ:
+        return
+    build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
+    raise BadInput(
+        f"expected the GPUs that CUDA_VISIBLE_DEVICES={given} names, found none: torch {torch.__version__} "
+        f"{build}; mend the driver or the installation, or work on the CPU: `gpus: 0`, or SIMCLR_ALLOW_CPU=1"
+    )
 
 
 def leave() -> None:

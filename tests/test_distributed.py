@@ -125,3 +125,14 @@ def test_a_port_in_use_is_named(monkeypatch):
             monkeypatch.setenv(name, value)
         with pytest.raises(BadInput, match=rf"localhost:{port}, where the processes meet: .*set MASTER_PORT"):
             distributed.join("gloo")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize(("given", "refused"), [("0,1", True), ("", False), ("-1", False)])
+def test_gpus_that_torch_does_not_see_are_not_replaced_by_the_cpu(monkeypatch, given, refused):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    if refused:
+        with pytest.raises(BadInput, match=r"CUDA_VISIBLE_DEVICES=0,1 names, found none: torch .*gpus: 0"):
+            distributed.refuse_cpu()
+        monkeypatch.setenv("SIMCLR_ALLOW_CPU", "1")
+    distributed.refuse_cpu()

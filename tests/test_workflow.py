@@ -235,6 +235,24 @@ def test_several_gpus_are_one_launch_with_a_process_each(clone):
     assert alone == "CUDA_VISIBLE_DEVICES= python"
 
 
+def test_several_nodes_are_one_srun_with_a_task_per_gpu(clone):
+    arguments = edited(clone, lambda content: content["models"]["simclr"].update(gpus=4, nodes=2))
+    call = snakemake(clone, "-n", "-p", "imagenet_mhead", *arguments)
+    assert call.status == 0, call.said
+    (line,) = re.findall(r"^Shell command: (.*) -m simclr pretrain ", call.said, re.M)
+    assert line.startswith("srun --nodes=2 --ntasks-per-node=2 --cpus-per-task=")
+    assert line.endswith(" --kill-on-bad-exit=1 python")
+    assert "gres=gpu:2, nodes=2, tasks=4, tasks_per_gpu=0, mpi=srun" in call.said
+    # What runs on one node takes the GPUs of one.
+    (line,) = re.findall(r"^Shell command: (.*) -m simclr imagenet_mhead --model simclr ", call.said, re.M)
+    assert line.endswith("torchrun --standalone --nproc-per-node=2")
+
+
+def test_more_nodes_train_nothing_again(finished):
+    arguments = edited(finished, lambda content: content["models"]["simclr"].update(gpus=4, nodes=2))
+    assert set(snakemake(finished, "-n", "all", *arguments).jobs()) <= {"model_zoo_page"}
+
+
 def test_model_zoo_runs_nothing_but_the_page(finished):
     (finished / "results/demo/simclr/imagenet_knn.json").unlink()
     assert snakemake(finished, "-n", "model_zoo", *DEMO).jobs() == {"model_zoo": 1}
@@ -254,6 +272,10 @@ def test_model_zoo_writes_the_page_from_no_record_at_all(clone):
     ("change", "said"),
     [
         (lambda c: c["benchmarks"].update(imagenet_kn={}), "unknown key; did you mean imagenet_knn?"),
+        (
+            lambda c: c["models"]["simclr"].update(gpus=3, nodes=2),
+            "models.simclr: gpus: expected a multiple of the 2 nodes, found 3",
+        ),
         (
             lambda c: c["models"]["simclr"].update(gpus="two"),
             "models.simclr.gpus: input should be",

@@ -4,6 +4,8 @@ import json
 import os
 import re
 
+from snakemake_interface_executor_plugins.settings import ExecMode
+
 import simclr.config
 
 # A config file given on the command line replaces the default; Snakemake would merge the two.
@@ -19,6 +21,11 @@ except simclr.BadInput as error:
     raise WorkflowError(str(error))
 
 
+# The default profile's `cores: all` counts the cores of this machine; jobs sent elsewhere are not bound by them.
+if workflow.exec_mode == ExecMode.DEFAULT and not workflow.local_exec:
+    workflow.global_resources["_cores"] = None
+
+
 pathvars:
     results=str(CONFIG.output),
 
@@ -31,6 +38,16 @@ def any_of(names):
 def models_from(source):
     """Return the expression for the models whose backbone comes from this step."""
     return any_of(name for name, model in CONFIG.models.items() if model.source == source)
+
+
+def models_over_nodes():
+    """Return the expression for the models that are pretrained on several nodes."""
+    return any_of(name for name, model in CONFIG.models.items() if model.pretrain and model.nodes > 1)
+
+
+def models_on_one_node():
+    """Return the expression for the models that are pretrained on one node, or on the CPU."""
+    return any_of(name for name, model in CONFIG.models.items() if model.pretrain and model.nodes == 1)
 
 
 wildcard_constraints:
@@ -105,14 +122,19 @@ def gpus(wildcards):
     return CONFIG.models[wildcards.model].gpus
 
 
+def nodes(wildcards):
+    """Return the nodes that pretraining the model takes."""
+    return CONFIG.models[wildcards.model].nodes
+
+
 def gpu(wildcards):
     """Return the GPUs that any other job of the model takes: one, or none for a model on the CPU."""
     return min(1, gpus(wildcards))
 
 
 def node_gpus(wildcards):
-    """Return the GPUs of a job that divides its batch over those of one node."""
-    return min(8, gpus(wildcards))
+    """Return the GPUs of a job that divides its work over those of one node."""
+    return gpus(wildcards) // nodes(wildcards)
 
 
 def feature_gpus(wildcards):
@@ -129,6 +151,18 @@ def launcher(wildcards, resources):
     # As an option it would be unknown to torch 2.8, and torchrun overwrites TORCHELASTIC_SIGNALS_TO_HANDLE.
     signals = "PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1"
     return f"{signals} torchrun --standalone --nproc-per-node={resources.gpu}"
+
+
+def launcher_over_nodes(wildcards, threads, resources):
+    """Return what starts a process per GPU on each of the nodes of the job; for `resources` see `launcher`.
+
+    The processes meet where `simclr.distributed` says, which holds after a requeue on other nodes, too.
+    """
+    per_node = resources.tasks // resources.nodes
+    return (
+        f"{resources.mpi} --nodes={resources.nodes} --ntasks-per-node={per_node} --cpus-per-task={threads}"
+        " --kill-on-bad-exit=1 python"
+    )
 
 
 def cores(wildcards):

@@ -18,7 +18,7 @@ rule pretrain:
     benchmark:
         "<results>/{model}/times/pretrain.tsv"
     wildcard_constraints:
-        model=models_from("pretrain"),
+        model=models_on_one_node(),
     priority: 1  # the longest way to the page begins first
     conda:
         "../../envs/simclr.yaml"
@@ -39,6 +39,21 @@ rule pretrain:
     shell:
         "{params.python} -m simclr pretrain --dataset {input.dataset} --config {params.config:q}"
         " --execution {params.execution:q} --work {params.work:q} --output {output.backbone} > {log} 2>&1"
+
+
+use rule pretrain as pretrain_over_nodes with:
+    wildcard_constraints:
+        model=models_over_nodes(),
+    threads: 8
+    resources:
+        gres=lambda wildcards: f"gpu:{node_gpus(wildcards)}",
+        nodes=nodes,
+        tasks=gpus,
+        tasks_per_gpu=0,  # else the executor would start `tasks` of them for each GPU
+        mpi="srun",
+        mem_mb=lambda wildcards, attempt: attempt * (3_000 + 16_000 * node_gpus(wildcards)),
+    params:
+        python=launcher_over_nodes,
 
 
 rule import_checkpoint:
