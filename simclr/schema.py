@@ -38,7 +38,7 @@ def keys() -> str:
         _block("the file", config.Config.__doc__, config.Config, only=("output", "demo_data")),
         _datasets(),
         _block("features.<voc2007 or imagenet>", config.FeatureSet.__doc__, config.FeatureSet),
-        _block("models.<name>", config.Model.__doc__, config.Model, only=("benchmarks", "gpus")),
+        _block("models.<name>", config.Model.__doc__, config.Model, only=("benchmarks", "gpus", "nodes")),
         _block("models.<name>.pretrain", config.Recipe.__doc__, config.Recipe),
         _block("models.<name>.execution", config.Execution.__doc__, config.Execution),
         _block("models.<name>.import_checkpoint", config.ImportCheckpoint.__doc__, config.ImportCheckpoint),
