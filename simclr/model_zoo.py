@@ -27,6 +27,7 @@ SHARED = {
     ("imagenet_mhead", "imagenet_linear"): "ImageNet Linear Evaluation",
 }
 DASH = "–"
+LAST_WORDS = 300  # characters
 
 
 class Reference(Closed):
@@ -256,7 +257,7 @@ def _section(
             label = Cell(f"published [{len(footnotes)}]", emphasis=True)
             cells = (Cell(_published(reference, ours.get(n), n, k, c), emphasis=True) for n, k, c in columns)
             table.append([label, *cells])
-    notes = [*footnotes, *_protocols(names, rows), *_reasons(names, rows, config)]
+    notes = [*footnotes, *_protocols(names, rows), *_reasons(names, rows, config, folder)]
     header = ["Model", *(column.heading for _, _, column in columns)]
     return [Heading(2, heading), Table(header, table), Notes(notes), *_curves(names, rows, folder)]
 
@@ -353,7 +354,7 @@ def _deviations(record: results.Record, exclude: set[str]) -> str:
     return _difference(record.config, defaults, "protocol", exclude)
 
 
-def _reasons(names: tuple[str, ...], rows: Rows, config: Config) -> list[str]:
+def _reasons(names: tuple[str, ...], rows: Rows, config: Config, folder: Path) -> list[str]:
     """Say of every dash why it is there."""
     reasons: dict[str, list[str]] = {}
     for name in names:
@@ -362,13 +363,24 @@ def _reasons(names: tuple[str, ...], rows: Rows, config: Config) -> list[str]:
                 left_out = getattr(config.benchmarks, name) is None
                 why = "the config leaves it out" if left_out else "not among the model's `benchmarks:`"
             elif (model, name) not in rows:
-                why = "no record yet"
+                why = "no record yet" + _last_words(folder / model, config.models[model].source, name)
             elif missing := [k for k in load(name).COLUMNS if k not in rows[model, name].record.metrics]:
                 why = f"the record has no {', '.join(missing)}"
             else:
                 continue
             reasons.setdefault(f"{name}: {why}", []).append(model)
     return [f"{reason} ({', '.join(models)})" for reason, models in reasons.items()]
+
+
+def _last_words(folder: Path, source: str, benchmark: str) -> str:
+    """Return how the log of a benchmark without a record ends; or, without a backbone, that of its source."""
+    step = benchmark if (folder / "backbone.safetensors").exists() else source
+    log = folder / "logs" / f"{step}.log"
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    last = next((line.strip() for line in reversed(lines) if line.strip()), None)
+    if last is None:
+        return ""
+    return f"; the log of {step} ends: {last.replace(f'{os.getcwd()}/', '')[:LAST_WORDS]}"
 
 
 def _provenance(rows: Rows, config: Config, folder: Path) -> list[Block]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,17 @@ def test_a_dash_says_why(tmp_path):
     assert "imagenet_mhead: the config leaves it out (a, b)" in page
     tables = "\n".join(line for line in page.splitlines() if line.startswith("|"))
     assert " 0.00 " not in tables
+
+
+def test_a_dash_quotes_the_last_line_of_the_log(tmp_path):
+    for model, step in (("a", "imagenet_linear"), ("b", "random_init")):
+        (tmp_path / model / "logs").mkdir(parents=True)
+        (tmp_path / model / f"logs/{step}.log").write_text(f"first\n{os.getcwd()}/x: the {step} broke\n\n")
+    (tmp_path / "a/backbone.safetensors").touch()
+    page = made(tmp_path, a_config("a", "b", imagenet_linear={}))
+    for model, step in (("a", "imagenet_linear"), ("b", "random_init")):
+        said = f"imagenet_linear: no record yet; the log of {step} ends: x: the {step} broke ({model})"
+        assert said in page
 
 
 def test_published_rows_stand_beside_the_model_of_that_name_alone(tmp_path):

@@ -173,6 +173,38 @@ def test_a_benchmark_is_a_target_by_name_and_by_record(clone):
     assert one.jobs() == {"demo": 1, "dataset": 1, "random_init": 1, "features": 2, "imagenet_knn_record": 1}
 
 
+def test_a_dry_run_prints_the_plan_with_what_earlier_runs_took(clone):
+    arguments = edited(clone, lambda content: content["models"]["simclr"].update(gpus=4, nodes=2))
+    times = clone / "results/demo/simclr/times"
+    times.mkdir(parents=True)
+    for step, seconds in (("pretrain", 7200), ("imagenet_knn", 3600)):
+        (times / f"{step}.tsv").write_text(f"s\tcpu_time\tmax_rss\n{seconds}\t{seconds}\t100\n")
+    call = snakemake(clone, "-n", "imagenet_knn", *arguments)
+    plan = re.search(r"^plan +jobs .*?^total.*?$", call.said, re.M | re.S)[0]
+    rows = {line.split()[0]: line.split()[1:] for line in plan.splitlines()}
+    assert rows["pretrain"] == ["1", "4", "2", "8", "earlier", "runs"]
+    # Another model's, on other GPUs, tells nothing of the one on the CPU.
+    assert " ".join(rows["imagenet_knn"]) == "2 0 to 1 1.2 1 earlier runs (1 of 2 jobs)"
+    assert rows["random_init"][-5:] == ["the", "time", "limit:", "at", "most"]
+    assert rows["total"][0] == str(sum(call.jobs().values()))
+
+
+def test_a_failed_job_leaves_a_page_that_says_why_and_a_summary(clone):
+    def change(content):
+        content["models"]["gone"] = {"gpus": 0, "import_checkpoint": {"path": "gone.pth"}}
+
+    backbones = [f"results/demo/{model}/backbone.safetensors" for model in ("gone", "random_init")]
+    call = snakemake(clone, *backbones, "--keep-going", *edited(clone, change))
+    assert call.status == 1
+    assert re.search(r"^1 jobs done in .*\n.*\n.*\nrandom_init random_init +0:", call.said, re.M), call.said
+    assert "The page: results/demo/model_zoo.md" in call.said
+    page = (clone / "results/demo/model_zoo.md").read_text()
+    assert re.search(
+        r"^- imagenet_knn: no record yet; the log of import_checkpoint ends: .*gone.pth.*\(gone\)", page, re.M
+    ), page
+    assert "- imagenet_knn: no record yet (simclr, random_init)" in page
+
+
 def test_the_default_config_is_not_merged_into_the_given_one(clone):
     arguments = edited(clone, lambda content: content["models"].pop("random_init"))
     assert snakemake(clone, "-n", "imagenet_knn", *arguments).jobs()["imagenet_knn_record"] == 1
@@ -240,9 +272,9 @@ def test_several_nodes_are_one_srun_with_a_task_per_gpu(clone):
     call = snakemake(clone, "-n", "-p", "imagenet_mhead", *arguments)
     assert call.status == 0, call.said
     (line,) = re.findall(r"^Shell command: (.*) -m simclr pretrain ", call.said, re.M)
-    assert line.startswith("srun --nodes=2 --ntasks-per-node=2 --cpus-per-task=")
+    assert line.startswith("srun --nodes=2 --ntasks-per-node=2 --cpus-per-task=8")
     assert line.endswith(" --kill-on-bad-exit=1 python")
-    assert "gres=gpu:2, nodes=2, tasks=4, tasks_per_gpu=0, mpi=srun" in call.said
+    assert "gres=gpu:2, nodes=2, tasks=4, tasks_per_gpu=0, cpus_per_task=8, mpi=srun" in call.said
     # What runs on one node takes the GPUs of one.
     (line,) = re.findall(r"^Shell command: (.*) -m simclr imagenet_mhead --model simclr ", call.said, re.M)
     assert line.endswith("torchrun --standalone --nproc-per-node=2")

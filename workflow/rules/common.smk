@@ -4,8 +4,6 @@ import json
 import os
 import re
 
-from snakemake_interface_executor_plugins.settings import ExecMode
-
 import simclr.config
 
 # A config file given on the command line replaces the default; Snakemake would merge the two.
@@ -19,11 +17,6 @@ try:
     CONFIG = simclr.config.parse(simclr.config.Config, config, config_files)
 except simclr.BadInput as error:
     raise WorkflowError(str(error))
-
-
-# The default profile's `cores: all` counts the cores of this machine; jobs sent elsewhere are not bound by them.
-if workflow.exec_mode == ExecMode.DEFAULT and not workflow.local_exec:
-    workflow.global_resources["_cores"] = None
 
 
 pathvars:
@@ -153,15 +146,15 @@ def launcher(wildcards, resources):
     return f"{signals} torchrun --standalone --nproc-per-node={resources.gpu}"
 
 
-def launcher_over_nodes(wildcards, threads, resources):
+def launcher_over_nodes(wildcards, resources):
     """Return what starts a process per GPU on each of the nodes of the job; for `resources` see `launcher`.
 
     The processes meet where `simclr.distributed` says, which holds after a requeue on other nodes, too.
     """
     per_node = resources.tasks // resources.nodes
     return (
-        f"{resources.mpi} --nodes={resources.nodes} --ntasks-per-node={per_node} --cpus-per-task={threads}"
-        " --kill-on-bad-exit=1 python"
+        f"{resources.mpi} --nodes={resources.nodes} --ntasks-per-node={per_node}"
+        f" --cpus-per-task={resources.cpus_per_task} --kill-on-bad-exit=1 python"
     )
 
 

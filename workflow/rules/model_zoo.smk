@@ -40,6 +40,11 @@ rule model_zoo:
 
 
 onsuccess:
-    page = CONFIG.output / "model_zoo.md"
-    if page.exists():
-        print(f"The page: {page}")
+    say_summary()
+    say_page()
+
+
+onerror:
+    say_summary()
+    make_page()
+    say_page()

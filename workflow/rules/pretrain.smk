@@ -44,12 +44,12 @@ rule pretrain:
 use rule pretrain as pretrain_over_nodes with:
     wildcard_constraints:
         model=models_over_nodes(),
-    threads: 8
     resources:
         gres=lambda wildcards: f"gpu:{node_gpus(wildcards)}",
         nodes=nodes,
         tasks=gpus,
         tasks_per_gpu=0,  # else the executor would start `tasks` of them for each GPU
+        cpus_per_task=8,
         mpi="srun",
         mem_mb=lambda wildcards, attempt: attempt * (3_000 + 16_000 * node_gpus(wildcards)),
     params:

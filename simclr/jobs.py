@@ -1,0 +1,150 @@
+"""What a run of the workflow costs: the plan before it, the summary after it. No job is run or asked here."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+HOUR = 3600
+SLOWEST = 10
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A job that is to run: its step, its GPUs, and how long it may take or, of earlier ones, took."""
+
+    step: str
+    gpus: int
+    limit: float  # seconds
+    earlier: float | None = None  # seconds that this job took before, or its like for other models
+
+    @property
+    def seconds(self) -> float:
+        return self.limit if self.earlier is None else self.earlier
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job that was run: what it was called, and what Snakemake's benchmark file says of it."""
+
+    name: str
+    gpus: int
+    cores: int
+    seconds: float
+    cpu_seconds: float | None  # None: too short to be sampled
+    memory_mb: float | None  # largest resident set
+
+
+def plan(jobs: Iterable[Planned]) -> str:
+    """Return a table of jobs, hours and GPU-hours step by step, in the order of `jobs`, and their sums."""
+    jobs = list(jobs)
+    steps = {job.step: [other for other in jobs if other.step == job.step] for job in jobs}
+    rows = [
+        (step, len(each), _span({job.gpus for job in each}), *_hours(each), _basis(each))
+        for step, each in steps.items()
+    ]
+    rows.append(("total", len(jobs), "", *_hours(jobs), ""))
+    heading = ("plan", "jobs", "GPUs each", "hours", "GPU-hours", "estimated from")
+    return _table([heading, *rows], left={0, 5})
+
+
+def _span(numbers: set[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _hours(jobs: list[Planned]) -> tuple[str, str]:
+    return (
+        _number(sum(job.seconds for job in jobs) / HOUR),
+        _number(sum(job.gpus * job.seconds for job in jobs) / HOUR),
+    )
+
+
+def _basis(jobs: list[Planned]) -> str:
+    measured = sum(job.earlier is not None for job in jobs)
+    if measured == 0:
+        return "the time limit: at most"
+    return "earlier runs" if measured == len(jobs) else f"earlier runs ({measured} of {len(jobs)} jobs)"
+
+
+def summary(jobs: Iterable[Finished], wall: float) -> str:
+    """Return jobs, time, GPU-hours and efficiency of a run of `wall` seconds, and its slowest ten jobs.
+
+    Efficiency is CPU time per second and core that jobs held, of those that were long enough to be sampled.
+    """
+    jobs = list(jobs)
+    sampled = [job for job in jobs if job.cpu_seconds is not None]
+    held = sum(job.cores * job.seconds for job in sampled)
+    used = sum(job.cpu_seconds for job in sampled)
+    line = (
+        f"{len(jobs)} jobs done in {clock(wall)}: {clock(sum(job.seconds for job in jobs))} of work, "
+        f"{_number(sum(job.gpus * job.seconds for job in jobs) / HOUR)} GPU-hours"
+    )
+    if held:
+        line += f", CPUs used to {100 * used / held:.0f} %"
+    slowest = sorted(jobs, key=lambda job: -job.seconds)[:SLOWEST]
+    rows = [
+        (job.name, clock(job.seconds), job.gpus, job.cores, _efficiency(job), _gigabytes(job.memory_mb))
+        for job in slowest
+    ]
+    heading = ("slowest", "time", "GPUs", "cores", "CPUs used", "memory")
+    return f"{line}\n{_table([heading, *rows], left={0})}"
+
+
+def _efficiency(job: Finished) -> str:
+    return "" if job.cpu_seconds is None else f"{100 * job.cpu_seconds / (job.cores * job.seconds):.0f} %"
+
+
+def _gigabytes(megabytes: float | None) -> str:
+    return "" if megabytes is None else f"{megabytes / 1000:.1f} GB"
+
+
+def earlier(times: Iterable[Path]) -> float | None:
+    """Return the median of the seconds in those of Snakemake's benchmark files that exist, or None."""
+    seconds = [row["s"] for row in map(measured, times) if row is not None]
+    return median(seconds) if seconds else None
+
+
+def measured(path: Path) -> dict[str, float | None] | None:
+    """Return what a benchmark file of Snakemake measured, by column; None where there is no whole file.
+
+    `s` are seconds, `cpu_time` CPU seconds, `max_rss` MB; of a job that was too short they are None, but `s`.
+    """
+    if not path.is_file():
+        return None
+    with path.open(newline="") as file:
+        row = next(csv.DictReader(file, delimiter="\t"), None)
+    if row is None or not row.get("s"):
+        return None
+    return {key: None if value in ("NA", "-", "", None) else _float(value) for key, value in row.items()}
+
+
+def _float(value: str) -> float | None:
+    return None if ":" in value else float(value)
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as h:mm:ss."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 or value == 0 else f"{value:.2g}"
+
+
+def _table(rows: list[tuple[object, ...]], left: set[int]) -> str:
+    """Return rows as aligned columns, those in `left` to the left, under a rule below the first."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(
+            f"{cell:<{width}}" if i in left else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

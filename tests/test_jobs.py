@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+from simclr import jobs
+from simclr.jobs import Finished, Planned
+
+
+def test_the_plan_sums_what_jobs_may_take_or_took_step_by_step():
+    plan = jobs.plan(
+        [
+            Planned("pretrain", gpus=8, limit=36_000),
+            Planned("knn", gpus=1, limit=36_000, earlier=3_600),
+            Planned("knn", gpus=2, limit=7_200),
+            Planned("svm", gpus=0, limit=60, earlier=36),
+        ]
+    )
+    assert [line.split() for line in plan.splitlines() if "--" not in line] == [
+        ["plan", "jobs", "GPUs", "each", "hours", "GPU-hours", "estimated", "from"],
+        ["pretrain", "1", "8", "10", "80", "the", "time", "limit:", "at", "most"],
+        ["knn", "2", "1", "to", "2", "3", "5", "earlier", "runs", "(1", "of", "2", "jobs)"],
+        ["svm", "1", "0", "0.01", "0", "earlier", "runs"],
+        ["total", "4", "13", "85"],
+    ]
+
+
+def test_the_summary_counts_gpu_hours_and_shows_the_slowest_ten():
+    done = [
+        Finished(f"step {i}", 2, 4, 900 * i, cpu_seconds=1_800 * i, memory_mb=1_500) for i in range(1, 12)
+    ]
+    done.append(Finished("short", 0, 1, 1, cpu_seconds=None, memory_mb=None))
+    summary = jobs.summary(done, wall=3_661)
+    first, _, _, *rows = summary.splitlines()
+    assert first == "12 jobs done in 1:01:01: 16:30:01 of work, 33 GPU-hours, CPUs used to 50 %"
+    assert [row.split()[:2] for row in rows] == [["step", str(i)] for i in range(11, 1, -1)]
+    assert rows[0].split()[2:] == ["2:45:00", "2", "4", "50", "%", "1.5", "GB"]
+
+
+def test_a_job_too_short_to_be_sampled_has_a_time_alone(tmp_path):
+    (tmp_path / "short.tsv").write_text("s\th:m:s\tmax_rss\tmean_load\tcpu_time\n0.42\t0:00:00\tNA\t-\tNA\n")
+    assert jobs.measured(tmp_path / "short.tsv") == {
+        "s": 0.42,
+        "h:m:s": None,
+        "max_rss": None,
+        "mean_load": None,
+        "cpu_time": None,
+    }
+    lines = jobs.summary([Finished("short", 0, 1, 0.42, None, None)], wall=1).splitlines()
+    assert lines[0].endswith("of work, 0 GPU-hours")
+
+
+def test_earlier_times_are_the_median_of_the_files_that_are_whole(tmp_path):
+    for name, text in {"a": "s\n10\n", "b": "s\n30\n", "c": "s\n100\n", "torn": "s\n", "empty": ""}.items():
+        (tmp_path / name).write_text(text)
+    assert jobs.earlier(tmp_path / name for name in ("a", "b", "c", "torn", "empty", "missing")) == 30
+    assert jobs.earlier([tmp_path / "torn", tmp_path / "missing"]) is None

@@ -1,0 +1,102 @@
+"""What a run says of itself: the plan before it, and when it ends the summary and the page."""
+
+import os
+import time
+from pathlib import Path
+
+from snakemake.logging import logger
+from snakemake_interface_logger_plugins.common import LogEvent
+
+import simclr.jobs
+import simclr.model_zoo
+
+
+def step(job):
+    """Return the name of what a job does, as the page and `python -m simclr` call it."""
+    return job.rule.name.removesuffix("_record").removesuffix("_over_nodes")
+
+
+def held(job, resource):
+    """Return a resource of a job as a number; 0 where it asks for none."""
+    return int(job.resources.get(resource, 0))
+
+
+def job_gpus(job):
+    """Return the GPUs of a job, over all of its nodes."""
+    return held(job, "gpu") or held(job, "nodes") * int(job.resources.get("gres", "gpu:0").split(":")[-1])
+
+
+def job_cores(job):
+    """Return the cores of a job, over all of its tasks, where the profile or the rule says so; else its threads."""
+    per_gpu = held(job, "cpus_per_gpu") * job_gpus(job)
+    return held(job, "cpus_per_task") * max(1, held(job, "tasks")) or per_gpu or job.threads
+
+
+def earlier_times(job):
+    """Return the benchmark files of a job and, if another's trainings tell anything, of its like for other models."""
+    own = Path(str(job.benchmark))
+    model = job.wildcards_dict.get("model")
+    if own.is_file() or model is None or step(job) == "pretrain":
+        return [own]
+    alike = [name for name in CONFIG.models if CONFIG.models[name].gpus == CONFIG.models[model].gpus]
+    return [CONFIG.output / name / own.relative_to(CONFIG.output / model) for name in alike]
+
+
+def planned(job):
+    """Return what a job that is to run will take."""
+    earlier = simclr.jobs.earlier(earlier_times(job)) if job.benchmark else None
+    limit = 60 * job.resources.get("runtime", 0)
+    return simclr.jobs.Planned(step(job), job_gpus(job), limit, earlier)
+
+
+def finished(job):
+    """Return what a job of this run took; None of one that was not run to its end in it."""
+    path = Path(str(job.benchmark))
+    if not (job.benchmark and path.is_file() and path.stat().st_mtime >= workflow.start_time.timestamp()):
+        return None
+    took = simclr.jobs.measured(path)
+    name = " ".join([step(job), *job.wildcards_dict.values()])
+    return took and simclr.jobs.Finished(
+        name, job_gpus(job), job_cores(job), took["s"], took["cpu_time"], took["max_rss"]
+    )
+
+
+def in_page_order(jobs):
+    """Return jobs without those that only name targets, in the order in which the Snakefile reads."""
+    order = list(workflow.rules)
+    return sorted((job for job in jobs if job.rule.log), key=lambda job: order.index(job.rule))
+
+
+def with_plan(record):
+    """Add the plan to what Snakemake says before a run, dry or not: its table of jobs."""
+    if getattr(record, "event", None) == LogEvent.RUN_INFO:
+        jobs = in_page_order(workflow.dag.needrun_jobs(exclude_finished=False))
+        record.msg = f"{record.msg}\n{simclr.jobs.plan(map(planned, jobs))}\n"
+    return True
+
+
+def say_summary():
+    """Print what this run took."""
+    jobs = [job for job in map(finished, in_page_order(workflow.dag.jobs)) if job]
+    if jobs:
+        print(simclr.jobs.summary(jobs, wall=time.time() - workflow.start_time.timestamp()))
+
+
+def make_page():
+    """Make the page from the records that exist, with a dash and the reason for each that does not."""
+    records = [Path(path) for path in page_records() if os.path.exists(path)]
+    page = CONFIG.output / "model_zoo.md"
+    try:
+        simclr.model_zoo.model_zoo(records, CONFIG, Path("results/published.yaml"), page)
+    except simclr.BadInput as error:
+        print(f"The page was not made: {error}")
+
+
+def say_page():
+    """Print where the page lies."""
+    page = CONFIG.output / "model_zoo.md"
+    if page.exists():
+        print(f"The page: {page}")
+
+
+logger.addFilter(with_plan)
