@@ -5,6 +5,7 @@ Snakemake is imported once and each call runs in a forked process, in a folder t
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
+from simclr import model_zoo
 from simclr.__main__ import STEPS, _parser, find, read_block
 from simclr.benchmarks import BENCHMARKS, load
 
@@ -283,6 +285,20 @@ def test_several_nodes_are_one_srun_with_a_task_per_gpu(clone):
 def test_more_nodes_train_nothing_again(finished):
     arguments = edited(finished, lambda content: content["models"]["simclr"].update(gpus=4, nodes=2))
     assert set(snakemake(finished, "-n", "all", *arguments).jobs()) <= {"model_zoo_page"}
+
+
+def test_the_report_has_the_sections_of_the_page_and_needs_no_network(finished):
+    call = snakemake(finished, "--report", "report.html", "all", *DEMO)
+    assert call.status == 0, call.said
+    report = (finished / "report.html").read_text()
+    sections = json.loads(re.search(r"var categories = (\{.*?\});?\n", report)[1])
+    headings = ["The page", "Pretraining", *(heading for heading, _ in model_zoo.sections())]
+    assert sorted(sections) == [f"{i:02} {heading}" for i, heading in enumerate(headings)]
+    shown = [path for each in sections.values() for paths in each.values() for path in paths]
+    records = {f"results/demo/{m}/{b}.json" for m in ("simclr", "random_init") for b in BENCHMARKS}
+    assert records | {"results/demo/model_zoo.html", "results/demo/simclr/pretrain.png"} <= set(shown)
+    assert "a weighted vote of the k most similar training images" in report  # the caption of imagenet_knn
+    assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']https?:""", report)
 
 
 def test_model_zoo_runs_nothing_but_the_page(finished):

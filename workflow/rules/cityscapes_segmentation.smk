@@ -11,7 +11,7 @@ rule cityscapes_segmentation_record:
         backbone="<results>/{model}/backbone.safetensors",
         dataset="<results>/datasets/cityscapes.json",
     output:
-        "<results>/{model}/cityscapes_segmentation.json",
+        record("cityscapes_segmentation"),
     log:
         "<results>/{model}/logs/cityscapes_segmentation.log",
     benchmark:

@@ -11,7 +11,7 @@ rule coco2017_detection_record:
         backbone="<results>/{model}/backbone.safetensors",
         dataset="<results>/datasets/coco2017.json",
     output:
-        "<results>/{model}/coco2017_detection.json",
+        record("coco2017_detection"),
     log:
         "<results>/{model}/logs/coco2017_detection.log",
     benchmark:

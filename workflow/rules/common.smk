@@ -5,6 +5,8 @@ import os
 import re
 
 import simclr.config
+import simclr.model_zoo
+from simclr.benchmarks import BENCHMARKS, load
 
 # A config file given on the command line replaces the default; Snakemake would merge the two.
 if not workflow.overwrite_configfiles:
@@ -17,6 +19,10 @@ try:
     CONFIG = simclr.config.parse(simclr.config.Config, config, config_files)
 except simclr.BadInput as error:
     raise WorkflowError(str(error))
+
+
+# What the captions of the report say of each step.
+config["about"] = {name: load(name).__doc__ for name in BENCHMARKS}
 
 
 pathvars:
@@ -97,6 +103,30 @@ def records(name):
         return [f"{CONFIG.output}/{model}/{name}.json" for model in models]
 
     return of_models
+
+
+def section(name):
+    """Return the section of the report that shows this, numbered as the report sorts by name."""
+    headings = ["The page", "Pretraining", *(heading for heading, _ in simclr.model_zoo.sections())]
+    shown = [{"page"}, {"pretrain"}, *(set(names) for _, names in simclr.model_zoo.sections())]
+    number = next(i for i, names in enumerate(shown) if name in names)
+    return f"{number:02} {headings[number]}"
+
+
+def reported(name, path, result):
+    """Return an output of a step that the report shows, under the docstring of the step's module."""
+    labels = {"model": "{model}", "benchmark": name, "result": result}
+    return report(path, caption="../report/step.rst", category=section(name), labels=labels)
+
+
+def record(name):
+    """Return the output that is the record of a benchmark."""
+    return reported(name, f"<results>/{{model}}/{name}.json", "record")
+
+
+def picture(name):
+    """Return the output that shows the learning curves of a step."""
+    return reported(name, f"<results>/{{model}}/{name}.png", "learning curves")
 
 
 def best_layer(wildcards):

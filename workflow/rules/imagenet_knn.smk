@@ -11,7 +11,7 @@ rule imagenet_knn_record:
         train="<results>/{model}/features/imagenet-train",
         test="<results>/{model}/features/imagenet-val",
     output:
-        "<results>/{model}/imagenet_knn.json",
+        record("imagenet_knn"),
     log:
         "<results>/{model}/logs/imagenet_knn.log",
     benchmark:

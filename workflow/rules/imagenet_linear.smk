@@ -11,9 +11,9 @@ rule imagenet_linear_record:
         backbone="<results>/{model}/backbone.safetensors",
         dataset="<results>/datasets/imagenet.json",
     output:
-        record="<results>/{model}/imagenet_linear.json",
+        record=record("imagenet_linear"),
         curve="<results>/{model}/imagenet_linear.csv",
-        picture="<results>/{model}/imagenet_linear.png",
+        picture=picture("imagenet_linear"),
     log:
         "<results>/{model}/logs/imagenet_linear.log",
     benchmark:

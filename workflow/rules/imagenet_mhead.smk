@@ -11,9 +11,9 @@ rule imagenet_mhead_record:
         backbone="<results>/{model}/backbone.safetensors",
         dataset="<results>/datasets/imagenet.json",
     output:
-        record="<results>/{model}/imagenet_mhead.json",
+        record=record("imagenet_mhead"),
         curve="<results>/{model}/imagenet_mhead.csv",
-        picture="<results>/{model}/imagenet_mhead.png",
+        picture=picture("imagenet_mhead"),
     log:
         "<results>/{model}/logs/imagenet_mhead.log",
     benchmark:

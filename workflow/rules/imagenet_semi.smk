@@ -11,9 +11,9 @@ rule imagenet_semi_record:
         backbone="<results>/{model}/backbone.safetensors",
         dataset="<results>/datasets/imagenet.json",
     output:
-        record="<results>/{model}/imagenet_semi.json",
+        record=record("imagenet_semi"),
         curve="<results>/{model}/imagenet_semi.csv",
-        picture="<results>/{model}/imagenet_semi.png",
+        picture=picture("imagenet_semi"),
     log:
         "<results>/{model}/logs/imagenet_semi.log",
     benchmark:

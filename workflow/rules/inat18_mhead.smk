@@ -11,9 +11,9 @@ rule inat18_mhead_record:
         backbone="<results>/{model}/backbone.safetensors",
         dataset="<results>/datasets/inat18.json",
     output:
-        record="<results>/{model}/inat18_mhead.json",
+        record=record("inat18_mhead"),
         curve="<results>/{model}/inat18_mhead.csv",
-        picture="<results>/{model}/inat18_mhead.png",
+        picture=picture("inat18_mhead"),
     log:
         "<results>/{model}/logs/inat18_mhead.log",
     benchmark:

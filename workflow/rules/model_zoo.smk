@@ -6,7 +6,7 @@ rule model_zoo_page:
         published="results/published.yaml",
     output:
         page="<results>/model_zoo.md",
-        html="<results>/model_zoo.html",
+        html=report("<results>/model_zoo.html", caption="../report/page.rst", category=section("page")),
     log:
         "<results>/model_zoo_page.log",
     benchmark:

@@ -11,9 +11,9 @@ rule places205_mhead_record:
         backbone="<results>/{model}/backbone.safetensors",
         dataset="<results>/datasets/places205.json",
     output:
-        record="<results>/{model}/places205_mhead.json",
+        record=record("places205_mhead"),
         curve="<results>/{model}/places205_mhead.csv",
-        picture="<results>/{model}/places205_mhead.png",
+        picture=picture("places205_mhead"),
     log:
         "<results>/{model}/logs/places205_mhead.log",
     benchmark:

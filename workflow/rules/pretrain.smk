@@ -12,7 +12,7 @@ rule pretrain:
     output:
         backbone="<results>/{model}/backbone.safetensors",
         loss="<results>/{model}/pretrain.csv",
-        picture="<results>/{model}/pretrain.png",
+        picture=picture("pretrain"),
     log:
         "<results>/{model}/logs/pretrain.log",
     benchmark:

@@ -11,7 +11,7 @@ rule voc0712_detection_record:
         backbone="<results>/{model}/backbone.safetensors",
         dataset="<results>/datasets/voc0712.json",
     output:
-        "<results>/{model}/voc0712_detection.json",
+        record("voc0712_detection"),
     log:
         "<results>/{model}/logs/voc0712_detection.log",
     benchmark:

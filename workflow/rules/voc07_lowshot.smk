@@ -12,7 +12,7 @@ rule voc07_lowshot_record:
         test="<results>/{model}/features/voc2007-test",
         svm=best_layer,
     output:
-        "<results>/{model}/voc07_lowshot.json",
+        record("voc07_lowshot"),
     log:
         "<results>/{model}/logs/voc07_lowshot.log",
     benchmark:

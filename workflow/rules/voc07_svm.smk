@@ -11,7 +11,7 @@ rule voc07_svm_record:
         train="<results>/{model}/features/voc2007-trainval",
         test="<results>/{model}/features/voc2007-test",
     output:
-        "<results>/{model}/voc07_svm.json",
+        record("voc07_svm"),
     log:
         "<results>/{model}/logs/voc07_svm.log",
     benchmark:

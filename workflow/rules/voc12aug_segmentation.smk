@@ -11,7 +11,7 @@ rule voc12aug_segmentation_record:
         backbone="<results>/{model}/backbone.safetensors",
         dataset="<results>/datasets/voc12aug.json",
     output:
-        "<results>/{model}/voc12aug_segmentation.json",
+        record("voc12aug_segmentation"),
     log:
         "<results>/{model}/logs/voc12aug_segmentation.log",
     benchmark:
