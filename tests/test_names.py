@@ -34,7 +34,7 @@ def missing(name: str) -> list[str]:
         f"workflow/rules/{name}.smk": bool(rules),
         f"rule {name}": f"rule {name}:" in rules,
         f"rule {name}_record": f"rule {name}_record:" in rules,
-        f"record {name}.json": f'"<results>/{{model}}/{name}.json"' in rules,
+        f"record {name}.json": f'record("{name}")' in rules,
         f"log {name}.log": f'"<results>/{{model}}/logs/{name}.log"' in rules,
         f"times/{name}.tsv": f'"<results>/{{model}}/times/{name}.tsv"' in rules,
         f"params of {name}": f'benchmark_block("{name}")' in rules,
@@ -77,7 +77,7 @@ def _is_record(name: str) -> bool:
 def test_the_snakefile_reads_in_page_order():
     includes = re.findall(r'^include: "rules/(\w+)\.smk"', snakefile(), re.M)
     assert includes == [
-        *("common", "datasets", "pretrain", "convert", "features"),
+        *("common", "run", "datasets", "pretrain", "convert", "features"),
         *BENCHMARKS,
         "model_zoo",
     ]
