@@ -46,8 +46,8 @@ def pretrain(
 
     `work` is a folder for rolling checkpoints and TensorBoard's log, in a folder of their own for each recipe
     and images: after a kill, the same command goes on from there, on any number of processes, having lost at
-    most two minutes and a step; another recipe starts afresh. SIGTERM and SIGUSR1 end the step, save, and
-    exit with status 75.
+    most two minutes and a step; another recipe starts afresh. SIGTERM, SIGUSR1 and a time limit of Slurm that
+    is near end the step, save, and exit with status 75; at its time limit the job is also queued again.
 
     Under `torchrun`, or `srun` with one task per GPU, the batch is divided over the processes. With the
     environment variable PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1 `torchrun` passes SIGUSR1 on, instead of
@@ -119,10 +119,7 @@ def pretrain(
                     saved = time.monotonic()
                     save(job, step + 1, network, optimizer, state)
                 if stopping and step + 1 < steps:
-                    print(
-                        f"stopped after step {step + 1} of {steps}; the same command goes on", file=sys.stderr
-                    )
-                    sys.exit(rolling.STOPPED)
+                    rolling.stop(f"after step {step + 1} of {steps}", signals)
                 clock = time.monotonic()
 
         if distributed.rank() == 0:

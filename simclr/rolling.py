@@ -1,10 +1,11 @@
-"""Rolling checkpoints: the state that a kill must not lose, and the signals that ask a training to stop.
+"""Rolling checkpoints: the state that a kill must not lose, and what asks a training to stop.
 
 The newest two are kept. Each is written whole or not at all, and belongs to exactly one run.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import signal
@@ -12,15 +13,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
-from simclr import BadInput, distributed
+from simclr import BadInput, distributed, slurm
 from simclr.results import replacing
 
 KEPT = 2  # the newest, and one to fall back to
-STOPPED = 75  # exit status after SIGTERM or SIGUSR1: saved, start again to go on (EX_TEMPFAIL of sysexits.h)
+STOPPED = 75  # exit status after being asked to stop: saved, start again to go on (EX_TEMPFAIL of sysexits.h)
 
 
 def save(folder: Path, step: int, run: dict[str, Any], state: dict[str, Any]) -> None:
@@ -91,16 +92,47 @@ def differences(found: dict[str, Any], expected: dict[str, Any], prefix: str = "
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGUSR1 in the list that is yielded, instead of dying of them."""
+    """Collect SIGTERM and SIGUSR1 in the list that is yielded, instead of dying of them.
+
+    In a job of Slurm the first process gets a SIGALRM when the job's time is nearly over.
+    """
     received: list[int] = []
 
     def receive(number: int, _: Any) -> None:
+        if number == signal.SIGALRM and set_alarm():
+            return  # the limit was raised meanwhile
         received.append(number)
         os.write(2, f"{signal.Signals(number).name}: stopping after this step\n".encode())
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
+    before = {number: signal.signal(number, receive) for number in numbers}
+    if distributed.rank() == 0:
+        set_alarm()
     try:
         yield received
     finally:
+        signal.alarm(0)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def set_alarm() -> bool:
+    """Let a SIGALRM come when this job should stop, to end before its time limit; return whether one will."""
+    left = slurm.seconds_left()
+    if left is None or left <= 0:
+        return False
+    signal.alarm(math.ceil(left))
+    return True
+
+
+def stop(where: str, signals: list[int]) -> NoReturn:
+    """Exit with `STOPPED`, all processes together, once the state is saved.
+
+    A training that has to stop for its job's time limit has the job queued again, which goes on.
+    """
+    if distributed.rank() == 0:
+        print(f"stopped {where}; the same command goes on", file=sys.stderr, flush=True)
+        if signal.SIGALRM in signals:
+            slurm.requeue()
+    distributed.barrier()  # the first to exit takes the others with it, which may still be saving
+    sys.exit(STOPPED)

@@ -77,7 +77,8 @@ def at_work(work: Path, config: Training, backbone: Backbone, dataset: Dataset) 
     """Join the other processes and hold the folder under `work` of exactly this config, backbone and dataset.
 
     Another config, backbone or dataset gets another folder, so nothing is ever resumed from the wrong state.
-    SIGTERM and SIGUSR1 only ask to stop meanwhile. Raises `BadInput` while another run is in the folder.
+    SIGTERM, SIGUSR1 and a time limit of Slurm that is near only ask to stop meanwhile. Raises `BadInput`
+    while another run is in the folder.
     """
     run = {
         "benchmark": type(config).__module__,
@@ -234,7 +235,7 @@ def fit(
                 saved = time.monotonic()
                 pause = max(SAVE_SECONDS, (saved - started) / SAVE_SHARE)
             if stopping and step < last:
-                stop(f"after step {step} of {last}")
+                rolling.stop(f"after step {step} of {last}", job.signals)
     return state["curve"]
 
 
@@ -339,13 +340,6 @@ def resume(job: Job, model: Heads, optimizer: torch.optim.Optimizer) -> dict[str
     return state
 
 
-def stop(where: str) -> None:
-    """Exit with the status that says: start again to go on."""
-    if distributed.rank() == 0:
-        print(f"stopped {where}; the same command goes on", file=sys.stderr)
-    sys.exit(rolling.STOPPED)
-
-
 # ---------------------------------------------------------------- testing
 
 
@@ -362,7 +356,7 @@ def accuracy(job: Job, model: Heads, images: Images, frozen: Frozen, batch_size:
     with load(images, pieces(share, batch_size), job.device) as stream:
         for number, (batch, labels) in enumerate(stream):
             if number < of_all_ranks and distributed.any_rank(bool(job.signals), job.device):
-                stop("while testing")
+                rolling.stop("while testing", job.signals)
             for row, logits in zip(hits, model(frozen(batch)).values(), strict=True):
                 finite = finite and bool(torch.isfinite(logits).all())
                 if finite:

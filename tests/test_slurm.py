@@ -1,0 +1,103 @@
+"""What a job asks of Slurm, with programs that answer as Slurm does; tests/cluster asks a real one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from datetime import datetime
+
+import pytest
+
+from simclr import rolling, slurm
+
+
+@pytest.fixture
+def answers(tmp_path, monkeypatch):
+    """program → what it says and its exit status; it writes down how it was called."""
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+
+    def answer(program: str, said: str, status: int = 0) -> None:
+        stream = 2 if status else 1
+        path = tmp_path / program
+        path.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/calls\necho '{said}' >&{stream}\nexit {status}\n")
+        path.chmod(0o755)
+
+    return answer
+
+
+def period(since: float, until: float) -> str:
+    """Return start and end, in seconds from now, as squeue writes them."""
+    times = (datetime.fromtimestamp(time.time() + seconds) for seconds in (since, until))
+    return " ".join(each.isoformat(timespec="seconds") for each in times)
+
+
+def test_outside_a_job_there_is_no_limit(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert slurm.seconds_left() is None
+    assert not rolling.set_alarm()
+
+
+@pytest.mark.parametrize(
+    ("since", "until", "left"), [(-86_400, 7_200, 7_200 - slurm.LEAD), (0, 600, 540), (-595, 5, -55)]
+)
+def test_the_time_to_stop_lies_before_the_end_of_the_job(answers, since, until, left):
+    answers("squeue", period(since, until))
+    assert slurm.seconds_left() == pytest.approx(left, abs=3)
+
+
+def test_a_job_without_a_limit_has_none(answers, capsys):
+    answers("squeue", f"{period(-5, 0).split()[0]} N/A")
+    assert slurm.seconds_left() is None
+    assert capsys.readouterr().err == ""
+
+
+def test_a_limit_that_nobody_tells_is_said_to_be_unwatched(answers, capsys):
+    answers("squeue", "Unable to contact slurm controller", status=1)
+    assert slurm.seconds_left() is None
+    assert "limit of job 17 is not watched: Unable to contact slurm controller" in capsys.readouterr().err
+
+
+def test_a_training_stops_when_its_time_is_over_and_not_when_more_was_given(answers):
+    answers("squeue", period(-1, 0.2))
+    with rolling.stop_signals() as signals:
+        answers("squeue", period(0, 3600))
+        signal.raise_signal(signal.SIGALRM)
+        assert signals == []
+        answers("squeue", period(-60, 1))
+        signal.raise_signal(signal.SIGALRM)
+        assert signals == [signal.SIGALRM]
+
+
+@pytest.mark.parametrize(("number", "requeued"), [(signal.SIGALRM, True), (signal.SIGTERM, False)])
+def test_only_a_job_that_ran_out_of_time_is_queued_again(answers, tmp_path, capsys, number, requeued):
+    answers("scontrol", "")
+    with pytest.raises(SystemExit) as ended:
+        rolling.stop("after step 3 of 9", [number])
+    assert ended.value.code == rolling.STOPPED
+    calls = tmp_path / "calls"
+    assert (calls.read_text() if calls.exists() else "") == ("requeue 17\n" if requeued else "")
+    assert ("it is queued again" in capsys.readouterr().err) == requeued
+
+
+def test_a_refusal_to_queue_again_is_said(answers, capsys):
+    answers("scontrol", "Requested operation is presently disabled for job 17", status=1)
+    slurm.requeue()
+    assert "job 17 is not queued again: Requested operation is presently" in capsys.readouterr().err
+
+
+def test_jobs_of_this_folder_are_found_among_others(answers, tmp_path):
+    rows = [
+        f"17|RUNNING|rule_pretrain_wildcards_simclr|{tmp_path}",
+        f"18|PENDING|rule_demo|{tmp_path}",
+        f"19|RUNNING|(null)|{tmp_path}",
+        "20|RUNNING|rule_demo|/elsewhere",
+    ]
+    answers("squeue", "\n".join(rows))
+    assert slurm.jobs_from(tmp_path) == {"17": "rule_pretrain simclr, running", "18": "rule_demo, pending"}
+
+
+def test_without_slurm_there_are_no_jobs(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert slurm.jobs_from(tmp_path) == {}
