@@ -9,6 +9,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 
 import simclr.jobs
 import simclr.model_zoo
+import simclr.slurm
 
 
 def step(job):
@@ -75,6 +76,17 @@ def with_plan(record):
     return True
 
 
+def refuse_twice():
+    """Raise where jobs that a Snakemake which was killed sent to Slurm go on: this run would start them again."""
+    if left := simclr.slurm.jobs_from(Path.cwd()):
+        listing = "; ".join(f"{job} ({what})" for job, what in left.items())
+        raise WorkflowError(
+            f"An earlier run in this folder left jobs in Slurm: {listing}. Wait for them, or stop them with "
+            f"`scancel {' '.join(left)}`, which costs a training no more than a step; then give the same "
+            "command again."
+        )
+
+
 def say_summary():
     """Print what this run took."""
     jobs = [job for job in map(finished, in_page_order(workflow.dag.jobs)) if job]
@@ -100,3 +112,7 @@ def say_page():
 
 
 logger.addFilter(with_plan)
+
+
+onstart:
+    refuse_twice()
