@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -107,7 +109,10 @@ def read(path: Path, kind: type[Kind] = Record) -> Kind:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success sync it and rename it over `path`, else remove it."""
+    """Yield a temporary path beside `path`; on success sync it and rename it over `path`, else remove it.
+
+    Raises `BadInput` when the disk is full.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -121,8 +126,24 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(directory)  # the name, too, outlives a crash of the machine
         finally:
             os.close(directory)
+    except (OSError, RuntimeError) as error:
+        if is_full(path.parent, error):
+            raise BadInput(
+                f"{path}: No space left on device; free some, or let `output` be on a larger disk, then give "
+                "the same command again"
+            ) from error
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def is_full(folder: Path, error: Exception) -> bool:
+    """Return whether `error` was raised because the disk or the quota of `folder` is used up.
+
+    Those of numpy and torch do not say so; then next to nothing is left.
+    """
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return full or shutil.disk_usage(folder).free < 2**16
 
 
 @contextmanager

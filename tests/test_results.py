@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -118,6 +119,34 @@ def test_replacing_is_whole_or_nothing(tmp_path):
         fail()
     assert path.read_text() == "old"
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("error", "free"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), 2**30),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 2**30),
+        (OSError("200000 requested and 51184 written"), 4096),  # numpy's
+        (RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos"), 0),  # torch's
+    ],
+)
+def test_a_full_disk_is_said_and_leaves_no_part(tmp_path, monkeypatch, error, free):
+    monkeypatch.setattr(results.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(BadInput, match=r"a\.json: No space left on device; free some"):
+        _write_and_raise(tmp_path / "a.json", error)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), RuntimeError("another")])
+def test_another_error_is_not_taken_for_a_full_disk(tmp_path, error):
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        _write_and_raise(tmp_path / "a.json", error)
+
+
+def _write_and_raise(path, error):
+    with results.replacing(path) as part:
+        part.write_text("half")
+        raise error
 
 
 def test_a_record_is_the_same_bytes_for_the_same_content(tmp_path, monkeypatch):
