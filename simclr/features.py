@@ -6,6 +6,7 @@ A features folder holds one `(N, D)` array per layer, `labels.npy` and, written 
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import sys
@@ -112,9 +113,21 @@ def _array(path: Path, dim: int | None = None) -> np.ndarray:
     return array
 
 
+def copied(array: np.ndarray, rows: slice = slice(None), dtype: str | None = None) -> np.ndarray:
+    """Return a copy of `rows` of `array`, as `dtype` if one is given.
+
+    What was read of a memory-mapped file counts as memory of this process for as long as it is mapped, until
+    in the end all of it does. So a copy lets it go; the system keeps it while it has room.
+    """
+    copy = np.array(array[rows], dtype)
+    if isinstance(array.base, mmap.mmap) and not array.flags.writeable:
+        array.base.madvise(mmap.MADV_DONTNEED)
+    return copy
+
+
 def _check_finite(array: np.ndarray, name: str, rows: int = 8192) -> None:
     for start in range(0, len(array), rows):
-        finite = np.isfinite(array[start : start + rows]).all(axis=1)
+        finite = np.isfinite(copied(array, slice(start, start + rows))).all(axis=1)
         if not finite.all():
             row = start + int(np.argmin(finite))
             raise BadInput(f"{name}: row {row} holds NaN or infinity; extract the features again")

@@ -32,6 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simclr.features import copied
+
 POSITIVE_WEIGHT = 2.0  # class weights 2 and 1: MMSelfSup v0.11.0, svm_voc07/tools/train_svm_kfold.py
 TOLERANCE = 1e-6  # of the gradient's norm, relative to ‖w‖: a relative duality gap of at most 1e-12
 MAX_STEPS = 100  # of Newton's method; about five are needed
@@ -97,7 +99,7 @@ def in_parallel(
 
 def scaled(features: np.ndarray) -> Tensor:
     """Return `features` `(N, D)` in float64 as x / (‖x‖ + 1e-5): MMSelfSup v0.11.0, svm_helper.py."""
-    features = torch.from_numpy(np.array(features, dtype=np.float64)).to(device())
+    features = torch.from_numpy(copied(features, dtype="float64")).to(device())
     return features.div_(features.norm(dim=1, keepdim=True) + 1e-5)
 
 

@@ -249,12 +249,11 @@ def nearest(
     )
     with bar:
         for first in range(0, len(test), tiles.held_rows):
-            held = test[first : first + tiles.held_rows]
-            queries = torch.empty(held.shape, device=device)
-            for part in _slices(len(held), tiles.train_rows):
-                _load(held[part], queries[part])
+            queries = torch.empty(len(test[first : first + tiles.held_rows]), test.shape[1], device=device)
+            for part in _slices(len(queries), tiles.train_rows):
+                _load(test, slice(first + part.start, first + part.stop), queries[part])
             values, index = _search(train, queries, k, tiles, bar)
-            for part in _slices(len(held), tiles.test_rows):
+            for part in _slices(len(queries), tiles.test_rows):
                 ranked, order = values[part].sort(dim=1, descending=True, stable=True)
                 yield ranked.cpu().numpy(), index[part].gather(1, order).cpu().numpy()
 
@@ -281,7 +280,7 @@ def _search(
     product = queries.new_empty(tiles.test_rows, tiles.train_rows)
     for images in _slices(len(train), tiles.train_rows):
         count = images.stop - images.start
-        _load(train[images], block)
+        _load(train, images, block)
         for part in _slices(len(queries), tiles.test_rows):
             similarity = torch.mm(queries[part], block.T, out=product[: part.stop - part.start])
             similarity[:, count:] = -torch.inf  # what pads the last block is no image
@@ -290,19 +289,22 @@ def _search(
     return values, index
 
 
-def _load(rows: np.ndarray | Tensor, block: Tensor) -> None:
-    """Write `rows` into `block`, at unit length in float32; zeros follow the last one.
+def _load(features: np.ndarray | Tensor, rows: slice, block: Tensor) -> None:
+    """Write `rows` of `features` into `block`, at unit length in float32; zeros follow the last one.
 
     All products with a block have one shape, so that equal training images get equal similarities wherever
     they stand.
     """
-    import numpy as np
     import torch
 
-    if not isinstance(rows, torch.Tensor):
-        rows = torch.from_numpy(np.array(rows)).to(block.device)
-    block[: len(rows)] = rows
-    block[len(rows) :] = 0
+    from simclr.features import copied
+
+    if isinstance(features, torch.Tensor):
+        found = features[rows]
+    else:
+        found = torch.from_numpy(copied(features, rows)).to(block.device)
+    block[: len(found)] = found
+    block[len(found) :] = 0
     block /= torch.linalg.vector_norm(block, dim=1, keepdim=True).clamp_min(1e-12)
 
 
