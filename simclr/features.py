@@ -150,6 +150,40 @@ def _check_labels(labels: np.ndarray, classes: int) -> None:
         )
 
 
+def check_splits(
+    train: Features, test: Features, dataset: str, splits: tuple[str, str], layers: list[str]
+) -> None:
+    """Raise `BadInput` unless these are the two `splits` of `dataset`, with `layers`, and made in one way.
+
+    What their manifests do not tell, as of features in memory, is taken for granted.
+    """
+    for option, features, split in zip(("train", "test"), (train, test), splits, strict=True):
+        manifest = features.manifest
+        found = manifest.get("dataset", {}).get("name", dataset), manifest.get("split", split)
+        if found != (dataset, split):
+            raise BadInput(
+                f"--{option}: expected the features of {dataset} {split}, found those of {' '.join(found)}; "
+                f"give the folder {dataset}-{split}"
+            )
+        for layer in layers:
+            if layer not in features.layers:
+                raise BadInput(
+                    f"{option} features have no {layer}, only {', '.join(features.layers)}; add it to "
+                    f"features.{dataset}.layers and extract them again, or choose another layer"
+                )
+    for key in ("transform", "pooling", "dtype"):
+        ours, theirs = train.manifest.get(key), test.manifest.get(key)
+        if ours != theirs:
+            raise BadInput(
+                f"train and test features must have one {key}, but --train has {ours} and --test has "
+                f"{theirs}; extract one of them again"
+            )
+    for layer in layers:
+        widths = [features.layers[layer].shape[1] for features in (train, test)]
+        if widths[0] != widths[1]:
+            raise BadInput(f"{layer}: train features are {widths[0]} wide, test features {widths[1]}")
+
+
 # ---------------------------------------------------------------- extracting
 
 OURS = {"manifest.json", "labels.npy", ".snakemake_timestamp"}

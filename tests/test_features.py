@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from collections import namedtuple
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -548,3 +549,22 @@ def test_only_tf32_is_switched_off_for_the_features(monkeypatch, enabled):
         features._layers(model, torch.zeros(1, 3, 32, 32), FeatureSet(**SMALL))
         assert cudnn.allow_tf32
     assert seen == {"enabled": enabled, "benchmark": enabled, "allow_tf32": False}
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ({}, {}, ""),
+        ({"split": "trainval", "dtype": "float16"}, {"split": "test", "dtype": "float16"}, ""),
+        ({"split": "test"}, {"split": "test"}, "--train: expected .* of voc2007 trainval, found those of"),
+        ({"split": "test"}, {"split": "trainval"}, "--train: expected .* those of voc2007 test; give the"),
+        ({}, {"dataset": {"name": "imagenet"}, "split": "val"}, "--test: expected .* those of imagenet val"),
+        ({"transform": {"crop": 224}}, {"transform": {"crop": 32}}, "must have one transform, but --train"),
+        ({"pooling": "specified"}, {"pooling": "adaptive"}, "must have one pooling"),
+        ({"dtype": "float16"}, {"dtype": "float32"}, "must have one dtype"),
+    ],
+)
+def test_two_splits_of_the_dataset_made_in_one_way_are_needed(train, test, message):
+    splits = [Features({"avgpool": np.ones((2, 4))}, np.zeros(2), manifest) for manifest in (train, test)]
+    with pytest.raises(BadInput, match=message) if message else nullcontext():
+        features.check_splits(*splits, "voc2007", ("trainval", "test"), ["avgpool"])

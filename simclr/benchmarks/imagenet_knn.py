@@ -39,6 +39,7 @@ COLUMNS = {
 }
 
 LAYER = "avgpool"
+SPLITS = "train", "val"
 
 # Images of one matrix product, training by test: large enough for the full speed of the processor or GPU.
 TRAIN_ROWS, TEST_ROWS = 16_384, 2_048
@@ -66,8 +67,8 @@ class Config(Protocol):
 def evaluate(train: Features, test: Features, config: Config) -> Metrics:
     """Return top-1 (`k10`, …) and top-5 accuracy (`k10_top5`, …) in percent for every k.
 
-    Raises `BadInput` for a k beyond the training set, labels that do not fit, and features that were not
-    made in one way or are of one split.
+    Raises `BadInput` for a k beyond the training set, labels that do not fit, and features that are not of
+    ImageNet's two splits or were not made in one way.
     """
     import numpy as np
 
@@ -126,9 +127,10 @@ def vote(similarity: np.ndarray, labels: np.ndarray, classes: int, temperature: 
 def _check(train: Features, test: Features, config: Config) -> None:
     import numpy as np
 
+    from simclr.features import check_splits
+
+    check_splits(train, test, config.dataset, SPLITS, [LAYER])
     for split, features in (("train", train), ("test", test)):
-        if LAYER not in features.layers:
-            raise BadInput(f"{split} features have no {LAYER}, only {', '.join(features.layers)}")
         if features.labels.ndim != 1 or len(features.labels) == 0:
             raise BadInput(f"{split} labels: expected one class per image; found {features.labels.shape}")
         if features.labels.dtype.kind not in "iu" or np.min(features.labels) < 0:
@@ -136,7 +138,6 @@ def _check(train: Features, test: Features, config: Config) -> None:
                 f"{split} labels: expected class numbers from 0; found {features.labels.dtype} from "
                 f"{np.min(features.labels)}; extract the features again"
             )
-    _check_made_alike(train, test)
     images = len(train.labels)
     if max(config.neighbours) > images:
         raise BadInput(
@@ -148,23 +149,6 @@ def _check(train: Features, test: Features, config: Config) -> None:
         raise BadInput(
             f"test label {unknown[0]} is not a label of any training image; are both of one dataset?"
         )
-
-
-def _check_made_alike(train: Features, test: Features) -> None:
-    """Raise `BadInput` unless, as far as their manifests tell, two splits were made in one way."""
-    widths = [features.layers[LAYER].shape[1] for features in (train, test)]
-    if widths[0] != widths[1]:
-        raise BadInput(f"{LAYER}: train features are {widths[0]} wide, test features {widths[1]}")
-    for key in ("transform", "dtype"):
-        train_has, test_has = train.manifest.get(key), test.manifest.get(key)
-        if train_has != test_has:
-            raise BadInput(
-                f"train and test features must have one {key}, but --train has {train_has} and --test has "
-                f"{test_has}; extract one of them again"
-            )
-    split = train.manifest.get("split")
-    if split is not None and split == test.manifest.get("split"):
-        raise BadInput(f"train and test are both features of the split {split}; each would find itself")
 
 
 # ---------------------------------------------------------------- the search

@@ -27,6 +27,8 @@ COLUMNS = {
     "svm": Column("SVM"),
 }
 
+SPLITS = "trainval", "test"
+
 Layer = Literal["feature1", "feature2", "feature3", "feature4", "feature5"]
 
 
@@ -56,8 +58,8 @@ def evaluate(train: Features, test: Features, config: Config) -> Metrics:
 
     Images of only difficult objects (label −1) are negatives in training and removed in testing. Details:
     per layer the chosen cost and the test AP of each class, and the certificate of convergence.
-    Raises `BadInput` for a layer that is missing, labels that do not fit, or a class without enough
-    positives or negatives.
+    Raises `BadInput` for features of another dataset or split, a layer that is missing, labels that do not
+    fit, or a class without enough positives or negatives.
     """
     import numpy as np
 
@@ -72,22 +74,15 @@ def evaluate(train: Features, test: Features, config: Config) -> Metrics:
 
 
 def check(train: Features, test: Features, layers: list[str]) -> None:
-    """Raise `BadInput` unless both splits have `layers` of equal width and labels of the same classes."""
+    """Raise `BadInput` unless they are VOC2007's splits, with `layers` and labels of the same classes."""
+    from simclr.features import check_splits
+
+    check_splits(train, test, Config.dataset, SPLITS, layers)
     for split, features in (("train", train), ("test", test)):
-        for layer in layers:
-            if layer not in features.layers:
-                raise BadInput(
-                    f"{split} features have no {layer}, only {', '.join(features.layers)}; extract {layer} "
-                    "(features.voc2007.layers), or leave it out of the benchmark"
-                )
         if features.labels.ndim != 2:
             raise BadInput(
                 f"{split} labels: expected one column per class; found shape {features.labels.shape}"
             )
-    for layer in layers:
-        widths = [features.layers[layer].shape[1] for features in (train, test)]
-        if widths[0] != widths[1]:
-            raise BadInput(f"{layer}: train features are {widths[0]} wide, test features {widths[1]}")
     classes = [features.labels.shape[1] for features in (train, test)]
     if classes[0] != classes[1]:
         raise BadInput(f"train labels have {classes[0]} classes, test labels {classes[1]}")

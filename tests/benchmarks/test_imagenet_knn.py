@@ -277,24 +277,3 @@ def test_bad_input_is_refused():
         evaluate(features(np.ones((2, 6)), [-1, 1]), test, Config(neighbours=[1]))
     with pytest.raises(BadInput, match="test labels: expected class numbers from 0; found float64"):
         evaluate(train, features(np.ones((2, 6)), [0.0, 1.0]), Config(neighbours=[1]))
-
-
-@pytest.mark.parametrize(
-    ("train", "test", "message"),
-    [
-        (
-            {"transform": {"crop": 224}},
-            {"transform": {"crop": 32}},
-            "must have one transform, but --train has",
-        ),
-        ({"dtype": "float16"}, {"dtype": "float32"}, "must have one dtype"),
-        ({"split": "val"}, {"split": "val"}, "are both features of the split val"),
-    ],
-)
-def test_features_made_in_two_ways_or_of_one_split_are_refused(train, test, message):
-    splits = [
-        Features(split.layers, split.labels, manifest)
-        for split, manifest in zip(gaussian(0), (train, test), strict=True)
-    ]
-    with pytest.raises(BadInput, match=message):
-        evaluate(*splits, Config(neighbours=[5]))
