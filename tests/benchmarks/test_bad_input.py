@@ -1,0 +1,280 @@
+"""The command line on bad features and manifests: status 2, one sentence that says what to do, no record."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+
+from simclr import features, results
+from simclr.__main__ import main
+from simclr.benchmarks import imagenet_semi, inat18_mhead, places205_mhead
+from simclr.results import DatasetStamp, Record
+
+SPLITS = {
+    "imagenet_knn": ("imagenet", "train", "val"),
+    "voc07_svm": ("voc2007", "trainval", "test"),
+    "voc07_lowshot": ("voc2007", "trainval", "test"),
+}
+CONFIGS = {
+    "imagenet_knn": {"neighbours": [3, 20]},
+    "voc07_svm": {"layers": ["feature4", "feature5"], "costs": [1]},
+    "voc07_lowshot": {"layers": ["feature4", "feature5"], "costs": [1], "shots": [1, 4], "negatives": 2},
+}
+WIDTHS = {"imagenet": {"avgpool": 6}, "voc2007": {"feature4": 6, "feature5": 8}}
+
+
+def write_features(folder: Path, dataset: str, split: str, seed: int) -> Path:
+    """Write the features of thirty images of three classes."""
+    random = np.random.default_rng(seed)
+    (folder := folder / f"{dataset}-{split}").mkdir()
+    for layer, width in WIDTHS[dataset].items():
+        np.save(folder / f"{layer}.npy", random.random((30, width), np.float32).astype(np.float16))
+    classes = np.arange(30) % 3
+    np.save(folder / "labels.npy", classes if dataset == "imagenet" else np.eye(3, dtype=np.int8)[classes])
+    manifest = {
+        "checkpoint_sha256": "a" * 64,
+        "dataset": {"name": dataset, "manifest_sha256": "b" * 64},
+        "split": split,
+        "classes": 3,
+        "dims": WIDTHS[dataset],
+        "finished": True,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def rewrite(folder: Path, array: str, change: Callable[[np.ndarray], np.ndarray | None]) -> None:
+    """Replace an array of a features folder by what `change` makes of it, or returns."""
+    values = np.load(folder / f"{array}.npy")
+    changed = change(values)
+    np.save(folder / f"{array}.npy", values if changed is None else changed)
+
+
+def say(folder: Path, **changes: object) -> None:
+    """Change what the manifest of a features folder says."""
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def put(place: object, value: float) -> Callable[[np.ndarray], None]:
+    """Return what writes `value` to a place of an array."""
+    return lambda values: values.__setitem__(place, value)
+
+
+def status(benchmark: str, folder: Path, **options: object) -> int:
+    """Evaluate the features in `folder` by the command line; return the exit status."""
+    dataset, *splits = SPLITS[benchmark]
+    arguments = {
+        "model": "m",
+        "config": json.dumps(CONFIGS[benchmark]),
+        "output": folder / "m" / "record.json",
+        **dict(zip(("train", "test"), (folder / f"{dataset}-{split}" for split in splits), strict=True)),
+    } | options
+    return main([benchmark, *(text for key, value in arguments.items() for text in (f"--{key}", str(value)))])
+
+
+def refused(capsys: pytest.CaptureFixture, benchmark: str, folder: Path, **options: object) -> str:
+    """Return the sentence with which the command line ends, and see that it leaves no record."""
+    assert status(benchmark, folder, **options) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("simclr: ")
+    assert not list(folder.rglob("*record.json*"))
+    return said.removeprefix("simclr: ")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Features of both splits of ImageNet and of VOC2007."""
+    for seed, (dataset, *splits) in enumerate(dict.fromkeys(SPLITS.values())):
+        for number, split in enumerate(splits):
+            write_features(tmp_path, dataset, split, 2 * seed + number)
+    return tmp_path
+
+
+@pytest.mark.parametrize("benchmark", SPLITS)
+def test_good_features_give_a_record(benchmark, folder):
+    assert status(benchmark, folder) == 0
+    assert results.read(folder / "m/record.json").benchmark == benchmark
+    assert [path.name for path in (folder / "m").iterdir()] == ["record.json"]
+
+
+@pytest.mark.parametrize("split", [1, 2], ids=["train", "test"])
+@pytest.mark.parametrize("benchmark", SPLITS)
+@pytest.mark.parametrize(
+    ("array", "change", "message"),
+    [
+        (
+            "labels",
+            lambda labels: labels[:29],
+            "expected one row for each of 29 labels; found an array of shape",
+        ),
+        ("labels", put(4, 3), "labels: expected .* for 3 classes, found 3 in row 4; verify the dataset"),
+        ("layer", put((17, 2), np.nan), "{layer}: row 17 holds NaN or infinity; extract the features again"),
+        ("layer", put((29, 0), -np.inf), "{layer}: row 29 holds NaN or infinity; extract the features again"),
+    ],
+    ids=["fewer labels", "no such class", "NaN", "infinity"],
+)
+def test_features_that_are_damaged_are_refused(benchmark, split, array, change, message, folder, capsys):
+    dataset, layer = SPLITS[benchmark][0], list(WIDTHS[SPLITS[benchmark][0]])[-1]
+    damaged = folder / f"{dataset}-{SPLITS[benchmark][split]}"
+    rewrite(damaged, layer if array == "layer" else array, change)
+    assert re.match(f"{damaged}: .*{message.format(layer=layer)}", refused(capsys, benchmark, folder))
+
+
+@pytest.mark.parametrize("benchmark", SPLITS)
+def test_features_that_are_not_finished_are_refused(benchmark, folder, capsys):
+    dataset, _, test = SPLITS[benchmark]
+    say(folder / f"{dataset}-{test}", finished=False)
+    assert "half-written features (manifest.json does not say finished)" in refused(capsys, benchmark, folder)
+    (folder / f"{dataset}-{test}" / "manifest.json").unlink()
+    assert "half-written features (no manifest.json); delete it and run" in refused(capsys, benchmark, folder)
+
+
+@pytest.mark.parametrize("benchmark", SPLITS)
+def test_features_of_another_checkpoint_dataset_or_split_are_refused(benchmark, folder, capsys):
+    dataset, train, test = SPLITS[benchmark]
+    places = [folder / f"{dataset}-{split}" for split in (train, test)]
+    swapped = refused(capsys, benchmark, folder, train=places[1], test=places[0])
+    assert f"--train: expected the features of {dataset} {train}, found those of {dataset} {test}" in swapped
+    twice = refused(capsys, benchmark, folder, test=places[0])
+    assert f"--test: expected the features of {dataset} {test}, found those of {dataset} {train}" in twice
+    say(places[1], checkpoint_sha256="c" * 64)
+    said = refused(capsys, benchmark, folder)
+    assert f"one checkpoint, but --train has {'a' * 64}, --test has {'c' * 64}" in said
+    say(places[1], checkpoint_sha256="a" * 64, dataset={"name": dataset, "manifest_sha256": "d" * 64})
+    said = refused(capsys, benchmark, folder)
+    assert f"one dataset, but --train has name='{dataset}' manifest_sha256='bbb" in said
+    assert f"--test has name='{dataset}' manifest_sha256='ddd" in said
+    for place in places:
+        say(place, dataset={"name": "places205", "manifest_sha256": "d" * 64})
+    said = refused(capsys, benchmark, folder)
+    assert f"expected the features of {dataset} {train}, found those of places205 {train}" in said
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "split", "change", "message"),
+    [
+        ("voc07_svm", "trainval", put((slice(6, 30), 1), 0), "class 1: 3 folds need .* found 2 and 28"),
+        ("voc07_svm", "trainval", put((slice(None), 2), -1), "class 2: 3 folds need .* found 0 and 30"),
+        ("voc07_svm", "test", put((slice(None), 0), 0), "class 0: the test split needs .* found 0 positive"),
+        ("voc07_svm", "test", put((slice(None), 0), -1), "class 0: the test split needs .* found 0 positive"),
+        ("voc07_svm", "test", put((slice(None), 1), 1), "class 1: the test .* found 30 positive and 0 neg"),
+        ("voc07_lowshot", "test", put((slice(None), 0), -1), "class 0: the test split needs positives"),
+        (
+            "voc07_lowshot",
+            "trainval",
+            put((slice(9, 30), 1), -1),
+            "class 1: k = 4 needs 4 .* found 3; remove 4",
+        ),
+        ("imagenet_knn", "train", lambda labels: np.minimum(labels, 1), "test label 2 is not a label of any"),
+    ],
+)
+def test_a_class_with_too_few_images_is_refused(benchmark, split, change, message, folder, capsys):
+    """Also when all its images show only difficult objects."""
+    rewrite(folder / f"{SPLITS[benchmark][0]}-{split}", "labels", change)
+    options = {"config": json.dumps(CONFIGS[benchmark] | {"layer": "feature5"})} if "low" in benchmark else {}
+    assert re.search(message, refused(capsys, benchmark, folder, **options))
+
+
+def test_more_neighbours_than_training_images_are_refused(folder, capsys):
+    said = refused(capsys, "imagenet_knn", folder, config=json.dumps({"neighbours": [10, 31]}))
+    assert said == (
+        "k = 31 neighbours are more than the 30 training images; lower benchmarks.imagenet_knn.neighbours"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"benchmark": "imagenet_knn"},
+            "--svm: expected the record of voc07_svm, found that of imagenet_knn",
+        ),
+        (
+            {"checkpoint_sha256": "c" * 64},
+            f"--train has {'a' * 64}, --test has {'a' * 64}, --svm has {'c' * 64}",
+        ),
+        ({"dataset": DatasetStamp(name="voc2007", manifest_sha256="d" * 64)}, "one dataset, but --train has"),
+    ],
+)
+def test_the_best_layer_of_other_features_is_refused(changes, message, folder, capsys):
+    assert status("voc07_svm", folder, output=folder / "svm.json") == 0
+    record = Record(**results.read(folder / "svm.json").model_dump() | changes)
+    results.write(record, folder / "svm.json")
+    assert message in refused(capsys, "voc07_lowshot", folder, svm=folder / "svm.json")
+
+
+# ---------------------------------------------------------------- trainings
+
+
+def train(module: ModuleType, backbone: Path, manifest: Path, folder: Path, **config: object) -> list[str]:
+    """Return the arguments of a small training by the command line."""
+    arguments = {
+        "model": "m",
+        "backbone": backbone,
+        "dataset": manifest,
+        "config": json.dumps({"image_size": 32, "resize": 32, "epochs": 1, **config}),
+        "work": folder / "work",
+        "curve": folder / "m" / "record.csv",
+        "output": folder / "m" / "record.json",
+    }
+    name = module.__name__.rpartition(".")[2]
+    return [name, *(text for key, value in arguments.items() for text in (f"--{key}", str(value)))]
+
+
+@pytest.mark.parametrize("module", [places205_mhead, inat18_mhead])
+def test_a_manifest_of_another_dataset_is_refused(module, few_images, small_backbone, tmp_path, capsys):
+    manifest = few_images(1, 1).manifest
+    assert main(train(module, small_backbone.path, manifest, tmp_path, pooling="adaptive")) == 2
+    expected = module.Config.dataset
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"simclr: --dataset: expected the manifest of {expected}, found that of imagenet; "
+    )
+    assert not any(tmp_path.iterdir())
+
+
+def test_labels_that_are_not_balanced_or_not_listed_are_refused(few_images, small_backbone, tmp_path, capsys):
+    """The published 1 % list that is not there, and one that forgets a class."""
+    dataset = few_images(2, 1)
+    command = train(imagenet_semi, small_backbone.path, dataset.manifest, tmp_path)
+    assert main(command) == 2
+    assert "train_1percent.txt: no such list; fetch imagenet_subsets/1percent.txt" in capsys.readouterr().err
+    (dataset.root / "meta").mkdir()
+    files = [f"{path.parent.name}/{path.name}" for path in sorted(dataset.root.glob("train/*/*"))]
+    (dataset.root / "meta/train_1percent.txt").write_text("\n".join(files[4:]))
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "imagenet 1 % list: expected as many images of each class, or one more, found 0 of class 0" in said
+    assert not list(tmp_path.rglob("record.*"))
+
+
+# ---------------------------------------------------------------- extraction
+
+
+def test_features_that_do_not_fit_on_the_disk_are_refused(
+    few_images, small_backbone, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda path: SimpleNamespace(free=2e9))
+    monkeypatch.setattr(features, "_dims", lambda *_: {"avgpool": 10**9})
+    arguments = {
+        "backbone": small_backbone.path,
+        "dataset": few_images(2, 1).manifest,
+        "split": "train",
+        "config": json.dumps({"layers": ["avgpool"]}),
+        "work": tmp_path / "work",
+        "output": tmp_path / "imagenet-train",
+    }
+    assert (
+        main(["features", *(text for key, value in arguments.items() for text in (f"--{key}", str(value)))])
+        == 2
+    )
+    said = capsys.readouterr().err
+    assert ": 20 images need 80.0 GB (avgpool in float32), but 2.0 GB are free; choose fewer layers" in said
+    assert not (tmp_path / "imagenet-train").exists()
