@@ -586,8 +586,7 @@ def _places205(dataset: Dataset, split: str) -> Listing:
 
 def _check_places205(dataset: Dataset, split: str, listing: Listing) -> None:
     _check_range(dataset, split, listing)
-    names = [os.fsdecode(name) for name in listing.paths.names]
-    for name, label in zip(names, listing.labels.tolist(), strict=True):
+    for name, label in zip(map(os.fsdecode, listing.paths.names), listing.labels.tolist(), strict=True):
         if _places_category(name) != dataset.class_names[label]:
             raise BadInput(
                 f"{_places_list(dataset.root, split)}: expected images of {dataset.class_names[label]} for "
@@ -614,6 +613,16 @@ def _inat18(dataset: Dataset, split: str) -> Listing:
     except KeyError as error:
         raise BadInput(f"{path}: image {error} has no annotation; unpack the file again") from error
     return Listing(Paths(dataset.root, [image["file_name"] for image in content["images"]]), labels)
+
+
+def _check_inat18(dataset: Dataset, split: str, listing: Listing) -> None:
+    _check_range(dataset, split, listing)
+    for name, label in zip(map(os.fsdecode, listing.paths.names), listing.labels.tolist(), strict=True):
+        if Path(name).parent.name != str(label):
+            raise BadInput(
+                f"{_inat_file(dataset.root, split)}: expected the category id that {name} lies in, found "
+                f"{label}; unpack the file again"
+            )
 
 
 def _voc12aug_classes(root: Path) -> list[str]:
@@ -671,7 +680,7 @@ READERS = {
     "imagenet": Layout(_imagenet_classes, _imagenet, ("meta/*.txt",), _check_imagenet),
     "voc2007": Layout(_voc_classes, _voc2007, ("VOC2007/ImageSets/Main/*.txt",)),
     "places205": Layout(_places_classes, _places205, ("trainvalsplit_places205/*.csv",), _check_places205),
-    "inat18": Layout(_inat_classes, _inat18, ("train2018.json", "val2018.json"), _check_range),
+    "inat18": Layout(_inat_classes, _inat18, ("train2018.json", "val2018.json"), _check_inat18),
     "voc0712": Layout(
         partial(_voc_classes, name="voc0712"),
         _voc0712,

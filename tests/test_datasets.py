@@ -472,6 +472,10 @@ def test_inat_files_that_do_not_fit(copied, tmp_path):
     content["annotations"].append({**removed, "category_id": 8142})
     path.write_text(json.dumps(content))
     refused("inat18", values, tmp_path, "expected a label of 0 to 9, found 8142")
+    other = (removed["category_id"] + 1) % 10
+    content["annotations"][-1]["category_id"] = other
+    path.write_text(json.dumps(content))
+    refused("inat18", values, tmp_path, path, f"/{removed['category_id']}/", f"lies in, found {other};")
 
 
 # ---------------------------------------------------------------- the manifest
