@@ -205,6 +205,25 @@ def test_the_gap_of_a_solution_is_that_of_its_coefficients(monkeypatch):
     np.testing.assert_allclose(found.gap[0], (primal - dual) / primal, rtol=1e-4, atol=1e-13)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "hard"])
+def test_every_solution_is_within_its_certificate(kind):
+    """w and its duality gap from the returned coefficients and the images alone, in extended precision."""
+    rows, signs = hard(duplicates=True) if kind == "hard" else problem(kind)
+    signs[5::7, 0] = 0
+    images = np.concatenate([rows, np.ones((len(rows), 1))], axis=1).astype(np.longdouble)
+    for found in problems_of(rows, signs).path(COSTS):
+        for column, (labels, coefficients) in enumerate(zip(signs.T, found.coefficients[0], strict=True)):
+            kept, w = labels != 0, images.T @ coefficients.numpy().astype(np.longdouble)
+            x, y, cost = images[kept], labels[kept], found.cost * np.where(labels[kept] > 0, 2, 1)
+            slack = np.maximum(0, 1 - y * (x @ w))
+            alpha = 2 * cost * slack
+            primal = w @ w / 2 + cost @ slack**2
+            dual = alpha.sum() - ((alpha * y) @ x @ x.T @ (alpha * y)) / 2 - (alpha**2 / (4 * cost)).sum()
+            assert -1e-15 * primal <= primal - dual <= 1.01e-12 * primal
+            assert float((primal - dual) / primal) == pytest.approx(float(found.gap[0, column]), abs=1e-14)
+            assert not coefficients[~kept].any()
+
+
 @pytest.mark.parametrize("cost", [1e-3, 0.3, 100])
 @pytest.mark.parametrize("way", ["factored", "conjugate gradients"])
 def test_both_ways_solve_newtons_equation(way, cost):
