@@ -332,6 +332,8 @@ def _protocols(names: tuple[str, ...], rows: Rows) -> list[str]:
         for protocol, models in protocols.items():
             whose = "" if len(protocols) == 1 else f" ({', '.join(models)}; not comparable with the others)"
             notes.append(f"{name}{whose}: {protocol}")
+        if protocols and hasattr(load(name), "NOTE"):
+            notes.append(f"{name}: {load(name).NOTE}")
     return notes
 
 

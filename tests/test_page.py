@@ -102,6 +102,10 @@ def test_one_row_per_model_in_the_order_of_the_config_with_spread(tmp_path):
     assert rows[0] == "| zebra | feature2 | 30.00 | – | – | – | – | – | – | – | – |"
     assert rows[1] == "| ant | feature5 | 79.98 | 35.02 ± 1.23 | – | – | – | – | – | – | – |"
     assert "± over 5 trials" in page
+    assert (
+        page.count("voc07_lowshot: as published, each k has one cost, the best on the test set, which is opt")
+        == 1
+    )
     assert "voc07_lowshot: no record yet (zebra)" in page
     assert "voc07_lowshot: the record has no k2, k4, k8, k16, k32, k64, k96 (ant)" in page
 

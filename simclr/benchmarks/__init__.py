@@ -1,4 +1,5 @@
-"""The benchmarks, in page order. One file each: `TITLE`, `COLUMNS`, `Config`, `evaluate`.
+"""The benchmarks, in page order. One file each: `TITLE`, `COLUMNS`, `Config`, `evaluate`; and `NOTE`, what a
+reader of the numbers on the page must know, where there is such a thing.
 
 These files are imported to read the config, so they import nothing heavy before `evaluate` is called.
 The parameters of `evaluate` are the step's inputs: `train: Features` is `--train FOLDER` on the command

@@ -29,6 +29,11 @@ COLUMNS = {
     "top5_10percent": Column("10% Top-5"),
 }
 
+NOTE = (
+    "learning rates are chosen on a held-out part of the labelled images; the published ones were chosen on "
+    "the val split, which is optimistic"
+)
+
 
 class Config(Training):
     """Defaults are the published protocol, but for the choice of the learning rates (`held_out`)."""
