@@ -116,7 +116,7 @@ def scores(coefficients: Tensor, images: Tensor, others: Tensor) -> Tensor:
 def certificate(gaps: list[Tensor]) -> dict[str, float]:
     """Return, for a record, how many problems were solved and the worst of their relative duality `gaps`.
 
-    `tolerance` is what the solver works to; see `Problems._tolerance` for where rounding does not allow it.
+    `tolerance` is what the solver works to; at the costs of `voc07_svm.Config` rounding allows it.
     """
     return {
         "problems": sum(gap.numel() for gap in gaps),

@@ -8,9 +8,9 @@ unseeded solver; here every problem is solved to a certified duality gap (see `_
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import Field
 
 from simclr import BadInput
 from simclr.protocol import Column, Metrics, Protocol
@@ -42,11 +42,12 @@ class Config(Protocol):
         min_length=1,
         description="Layers that compete; the one with the highest mAP on test is reported.",
     )
-    costs: list[PositiveFloat] = Field(
+    costs: list[Annotated[float, Field(gt=0, le=1e4)]] = Field(
         [1.0, 10.0, 100.0, *(0.5**power for power in range(4, 20))],
         min_length=1,
         description="Costs C of the SVM, in the order in which ties are broken: the first wins "
-        "(MMSelfSup svm_helper.parse_cost_list: 1, 10, 100 and the powers 0.5⁴ … 0.5¹⁹).",
+        "(MMSelfSup svm_helper.parse_cost_list: 1, 10, 100 and the powers 0.5⁴ … 0.5¹⁹). Up to 10⁴: beyond, "
+        "rounding keeps the solver from its tolerance.",
     )
     folds: int = Field(
         3, ge=2, description="Folds of the cross-validation, stratified, unshuffled (train_svm_kfold.py)."

@@ -74,6 +74,12 @@ KINDS = ["tall", "wide", "rank deficient", "duplicate rows", "zero rows", "one p
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_the_highest_cost_allowed_converges(kind):
+    (found,) = problems_of(*problem(kind)).path([1e4])
+    assert found.gap.max() <= 1e-12
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_solver_equals_liblinear(kind):
     rows, signs = problem(kind)
     solutions = {solution.cost: solution for solution in problems_of(rows, signs).path(COSTS)}

@@ -126,6 +126,13 @@ def test_the_published_protocol_is_the_default():
     assert list(voc07_svm.COLUMNS) == ["best_layer", "svm"]
 
 
+def test_costs_that_rounding_does_not_allow_are_refused():
+    assert Config(costs=[1e4]).costs == [1e4]
+    for cost in (1.1e4, 0, -1, np.inf):
+        with pytest.raises(ValueError, match="costs"):
+            Config(costs=[cost])
+
+
 def test_bad_input_is_refused():
     train, test = voc(1, 60, 12), voc(2, 40, 12)
     config = Config(layers=["feature5"], costs=[1.0])
