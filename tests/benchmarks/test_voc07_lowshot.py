@@ -81,7 +81,12 @@ def test_the_result_does_not_depend_on_how_many_draws_are_solved_together(monkey
     train, test, config = voc(1, 60, 12), voc(2, 40, 12), Config(**SMALL)
     together = evaluate(train, test, config)
     monkeypatch.setattr(_svm, "BLOCK", 1)
-    assert evaluate(train, test, config) == pytest.approx(together)
+    singly = evaluate(train, test, config)
+    assert singly == pytest.approx(together)
+    for key in together:
+        assert singly.details[key]["cost"] == together.details[key]["cost"]
+        maps = together.details[key]["map_of_each_draw"]
+        assert singly.details[key]["map_of_each_draw"] == pytest.approx(maps)
 
 
 def test_a_draw_takes_k_positives_and_the_negatives_without_difficult_images():
