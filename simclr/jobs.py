@@ -6,7 +6,6 @@ import csv
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 HOUR = 3600
 SLOWEST = 10
@@ -100,12 +99,6 @@ def _efficiency(job: Finished) -> str:
 
 def _gigabytes(megabytes: float | None) -> str:
     return "" if megabytes is None else f"{megabytes / 1000:.1f} GB"
-
-
-def earlier(times: Iterable[Path]) -> float | None:
-    """Return the median of the seconds in those of Snakemake's benchmark files that exist, or None."""
-    seconds = [row["s"] for row in map(measured, times) if row is not None]
-    return median(seconds) if seconds else None
 
 
 def measured(path: Path) -> dict[str, float | None] | None:

@@ -47,8 +47,7 @@ def test_a_job_too_short_to_be_sampled_has_a_time_alone(tmp_path):
     assert lines[0].endswith("of work, 0 GPU-hours")
 
 
-def test_earlier_times_are_the_median_of_the_files_that_are_whole(tmp_path):
-    for name, text in {"a": "s\n10\n", "b": "s\n30\n", "c": "s\n100\n", "torn": "s\n", "empty": ""}.items():
+def test_a_benchmark_file_that_is_not_whole_measured_nothing(tmp_path):
+    for name, text in {"torn": "s\n", "empty": ""}.items():
         (tmp_path / name).write_text(text)
-    assert jobs.earlier(tmp_path / name for name in ("a", "b", "c", "torn", "empty", "missing")) == 30
-    assert jobs.earlier([tmp_path / "torn", tmp_path / "missing"]) is None
+    assert [jobs.measured(tmp_path / name) for name in ("torn", "empty", "missing")] == [None, None, None]

@@ -2,7 +2,9 @@
 
 import os
 import time
+from functools import cache
 from pathlib import Path
+from statistics import median
 
 from snakemake.logging import logger
 from snakemake_interface_logger_plugins.common import LogEvent
@@ -33,21 +35,37 @@ def job_cores(job):
     return held(job, "cpus_per_task") * max(1, held(job, "tasks")) or per_gpu or job.threads
 
 
-def earlier_times(job):
-    """Return the benchmark files of a job and, if another's trainings tell anything, of its like for other models."""
-    own = Path(str(job.benchmark))
-    model = job.wildcards_dict.get("model")
-    if own.is_file() or model is None or step(job) == "pretrain":
-        return [own]
-    alike = [name for name in CONFIG.models if CONFIG.models[name].gpus == CONFIG.models[model].gpus]
-    return [CONFIG.output / name / own.relative_to(CONFIG.output / model) for name in alike]
+@cache
+def took_before(path):
+    """Return the seconds of an earlier run, from its benchmark file; None where there is none."""
+    took = simclr.jobs.measured(path)
+    return took and took["s"]
+
+
+@cache
+def took_for_others(place, gpus):
+    """Return the median of the seconds in the benchmark files at `place` of all models with so many GPUs, or None."""
+    alike = [name for name, model in CONFIG.models.items() if model.gpus == gpus]
+    times = [took_before(CONFIG.output / name / place) for name in alike]
+    return median([seconds for seconds in times if seconds is not None] or [None])
+
+
+def earlier(job):
+    """Return the seconds that a job took before, or else its like for other models, or None.
+
+    What another model's pretraining took tells nothing.
+    """
+    path, model = Path(str(job.benchmark)), job.wildcards_dict.get("model")
+    seconds = took_before(path)
+    if seconds is not None or model is None or step(job) == "pretrain":
+        return seconds
+    return took_for_others(path.relative_to(CONFIG.output / model), CONFIG.models[model].gpus)
 
 
 def planned(job):
     """Return what a job that is to run will take."""
-    earlier = simclr.jobs.earlier(earlier_times(job)) if job.benchmark else None
     limit = 60 * job.resources.get("runtime", 0)
-    return simclr.jobs.Planned(step(job), job_gpus(job), limit, earlier)
+    return simclr.jobs.Planned(step(job), job_gpus(job), limit, earlier(job) if job.benchmark else None)
 
 
 def finished(job):
