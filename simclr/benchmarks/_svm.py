@@ -114,9 +114,9 @@ def scores(coefficients: Tensor, images: Tensor, others: Tensor) -> Tensor:
 
 
 def certificate(gaps: list[Tensor]) -> dict[str, float]:
-    """Return, for a record, how many problems were solved and the worst of their relative duality `gaps`.
+    """Return, for a record, how many problems were solved, and the worst of their relative duality `gaps`.
 
-    `tolerance` is what the solver works to; at the costs of `voc07_svm.Config` rounding allows it.
+    None is above `tolerance`.
     """
     return {
         "problems": sum(gap.numel() for gap in gaps),
@@ -179,18 +179,17 @@ class Problems:
         signs, weights = self.signs.repeat(repeats), self.weights.repeat(repeats) * cost[:, None]
         coefficients, scores = coefficients.repeat(repeats), scores.repeat(repeats)
         gap = torch.zeros_like(scores[..., 0])
-        tolerance = self._tolerance(cost)
         live = torch.arange(len(cost), device=cost.device)
         for _ in range(MAX_STEPS):
             state = self._state(signs, weights, coefficients, scores, live)
             gap[:, live] = state.squared_gradient / 2 / state.objective
-            converged = state.squared_gradient <= tolerance[live] ** 2 * state.squared_size
+            converged = state.squared_gradient <= TOLERANCE**2 * state.squared_size
             kept = ~converged.all(dim=0)
             if not kept.any():
                 parts = (tensor.chunk(len(costs), dim=1) for tensor in (coefficients, scores, gap))
                 return map(Solution, costs, *parts)
             live, state = live[kept], state.take(kept)
-            step, change = self._newton_step(state, cost[live], tolerance[live])
+            step, change = self._newton_step(state, cost[live])
             length = _step_length(state, step, change)[..., None]
             coefficients[:, live] += length * step
             scores[:, live] += length * change
@@ -198,14 +197,6 @@ class Problems:
             f"SVM: {int((~converged).sum())} of {gap.numel()} problems did not converge at cost "
             f"{float(cost[live[0]]):g} in {MAX_STEPS} steps; the first is problem {int(live[0]) % problems}"
         )
-
-    def _tolerance(self, cost: Tensor) -> Tensor:
-        """Return `TOLERANCE`, or what rounding leaves attainable: ε times a bound of the Hessian.
-
-        It is above `TOLERANCE` only where the cost times the number of images exceeds about 10⁸.
-        """
-        hessian = 1 + 2 * cost * POSITIVE_WEIGHT * self.leading.eigenvalues[0]
-        return (4 * torch.finfo(cost.dtype).eps * hessian).clamp(min=TOLERANCE)
 
     def _state(
         self, signs: Tensor, weights: Tensor, coefficients: Tensor, scores: Tensor, live: Tensor
@@ -230,7 +221,7 @@ class Problems:
                 return (vectors[0][:, needed] @ self.kernel[0][needed])[None]
         return vectors @ self.kernel
 
-    def _newton_step(self, state: _State, cost: Tensor, tolerance: Tensor) -> tuple[Tensor, Tensor]:
+    def _newton_step(self, state: _State, cost: Tensor) -> tuple[Tensor, Tensor]:
         """Return r + ε and K(r + ε), each `(G, p, n)`, with ε by the cheaper way for each problem.
 
         In units of an operation: gathering a active images takes 200a², and factoring them a³/3; an iteration
@@ -238,7 +229,7 @@ class Problems:
         an accuracy takes about √κ log(2 / accuracy) / 2 iterations, at a condition number of κ.
         """
         ratio = (state.squared_gradient / state.squared_size).sqrt().nan_to_num(torch.inf)
-        accuracy = torch.maximum(ratio.clamp(max=FORCING), tolerance / 4 / ratio)
+        accuracy = torch.maximum(ratio.clamp(max=FORCING), TOLERANCE / 4 / ratio)
         root = (2 * state.weights * (state.slack > 0)).sqrt()
         active, (_, problems, images) = (root > 0).sum(dim=2), root.shape
         hessian = 2 * POSITIVE_WEIGHT * cost * self.leading.eigenvalues[:, None]  # (m, p): its eigenvalues
