@@ -255,6 +255,7 @@ def _fill(
         _write_shard(layers, shard, islice(stream, len(_batches_of(shard, config.batch_size))), listed)
         for array in layers.values():
             array.flush()
+            array.base.madvise(mmap.MADV_DONTNEED)  # else it counts as memory until the last shard
         _mark(folder, shard).touch()
 
 

@@ -185,6 +185,26 @@ def test_every_row_is_written_once(index, message, backbone, dataset, tmp_path, 
     assert not (tmp_path / "f").exists()
 
 
+def test_what_was_written_does_not_stay_as_memory(tmp_path, monkeypatch):
+    """An array of 64 MB, written in shards of 8 MB."""
+    rows, dims, resident = 16_384, {"avgpool": 1024}, []
+
+    def batches(model, listed, config, shards, what):
+        for shard in shards:
+            status = Path("/proc/self/status").read_text()
+            resident.append(1024 * int(status.split("RssFile:")[1].split()[0]))
+            yield np.arange(shard.start, shard.stop), {"avgpool": torch.ones(len(shard), 1024)}
+
+    monkeypatch.setattr(features, "_batches", batches)
+    config = FeatureSet(**SMALL, batch_size=2048)
+    features._prepare(tmp_path, dims, rows, "float32")
+    shards = [range(start, start + 2048) for start in range(0, rows, 2048)]
+    features._fill(tmp_path, shards, dims, None, Samples([], np.zeros(rows)), config, "")
+    assert (np.load(tmp_path / "features/avgpool.npy") == 1).all()
+    assert len(resident) == 8
+    assert max(resident) - resident[0] < 16_000_000
+
+
 def test_rows_are_written_by_sample_index(backbone, dataset, tmp_path, monkeypatch):
     config = FeatureSet(**SMALL, layers=["avgpool"], batch_size=3)
     batches = features._batches
