@@ -119,6 +119,12 @@ def _float(value: str) -> float | None:
     return None if ":" in value else float(value)
 
 
+def last_line(log: Path) -> str | None:
+    """Return the last line of a log that says anything; None of an empty log, or where there is none."""
+    lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), None)
+
+
 def clock(seconds: float) -> str:
     """Return a duration as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)

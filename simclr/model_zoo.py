@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
 
-from simclr import BadInput, results
+from simclr import BadInput, jobs, results
 from simclr.benchmarks import BENCHMARKS, load
 from simclr.config import Config
 from simclr.protocol import Closed, Column
@@ -378,8 +378,7 @@ def _last_words(folder: Path, source: str, benchmark: str) -> str:
     """Return how the log of a benchmark without a record ends; or, without a backbone, that of its source."""
     step = benchmark if (folder / "backbone.safetensors").exists() else source
     log = folder / "logs" / f"{step}.log"
-    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-    last = next((line.strip() for line in reversed(lines) if line.strip()), None)
+    last = jobs.last_line(log)
     if last is None:
         return ""
     return f"; the log of {step} ends: {last.replace(f'{os.getcwd()}/', '')[:LAST_WORDS]}"

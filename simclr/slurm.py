@@ -1,8 +1,9 @@
-"""What is asked of Slurm: how long this job may run, to queue it again, what an earlier run left there."""
+"""What Slurm is asked: how long this job may run, to queue it again, what is in its queue; why a job died."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -57,3 +58,18 @@ def jobs_from(folder: Path) -> dict[str, str]:
         if comment.startswith(("rule_", "group_")) and os.path.realpath(place) == os.path.realpath(folder):
             found[job] = f"{comment.replace('_wildcards_', ' ')}, {state.lower()}"
     return found
+
+
+def cause_of_death(log: Path, rule: str, memory_mb: int, minutes: int) -> str | None:
+    """Return which limit of a job of `rule` Slurm names in its own `log`, and what to type; None for none.
+
+    What the job itself says goes to the log of the rule.
+    """
+    said = log.read_text(errors="replace") if log.is_file() else ""
+    if re.search("exceeded memory limit|oom[-_ ]?kill|out of memory", said, re.IGNORECASE):
+        return f"over its memory limit of {memory_mb} MB; give more with --set-resources {rule}:mem_mb=…"
+    if "DUE TO TIME LIMIT" in said:
+        return f"over its time limit of {minutes} minutes; give more with --set-resources {rule}:runtime=…"
+    if re.search(r"(JOB|STEP) \S+ ON \S+ CANCELLED AT", said):
+        return "cancelled"
+    return None

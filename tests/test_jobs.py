@@ -51,3 +51,12 @@ def test_a_benchmark_file_that_is_not_whole_measured_nothing(tmp_path):
     for name, text in {"torn": "s\n", "empty": ""}.items():
         (tmp_path / name).write_text(text)
     assert [jobs.measured(tmp_path / name) for name in ("torn", "empty", "missing")] == [None, None, None]
+
+
+def test_the_last_line_of_a_log_that_says_anything(tmp_path):
+    log = tmp_path / "a.log"
+    assert jobs.last_line(log) is None
+    log.write_text(" \n\n")
+    assert jobs.last_line(log) is None
+    log.write_bytes(b"one\n  10 %|\xff|\r two \n \n")
+    assert jobs.last_line(log).endswith("two")

@@ -101,3 +101,29 @@ def test_jobs_of_this_folder_are_found_among_others(answers, tmp_path):
 def test_without_slurm_there_are_no_jobs(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert slurm.jobs_from(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        (
+            "slurmstepd-cn1: error: StepId=5.0 exceeded memory limit (17 > 12), being killed",
+            "memory limit of 1200",
+        ),
+        (
+            "error: Detected 1 oom_kill event in StepId=7.batch. Some of the step tasks",
+            "memory limit of 1200",
+        ),
+        (
+            "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-25 DUE TO TIME LIMIT ***",
+            "time limit of 10",
+        ),
+        ("slurmstepd: error: *** STEP 7.0 ON n1 CANCELLED AT 2026-11-25T19:52:48 ***", "cancelled"),
+        ("srun: error: n1: task 0: Exited with exit code 1", "None"),
+    ],
+)
+def test_slurm_names_what_a_job_died_of(tmp_path, said, cause):
+    log = tmp_path / "7.log"
+    log.write_text(f"rule eat:\n{said}\nShutting down\n")
+    assert cause in str(slurm.cause_of_death(log, "eat", 1200, 10))
+    assert slurm.cause_of_death(tmp_path / "8.log", "eat", 1200, 10) is None

@@ -45,6 +45,7 @@ onsuccess:
 
 
 onerror:
+    say_failures()
     say_summary()
     make_page()
     say_page()

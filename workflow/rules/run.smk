@@ -105,6 +105,23 @@ def refuse_twice():
         )
 
 
+def slurm_log(job):
+    """Return the newest of the logs that Slurm itself wrote of a job; it need not exist."""
+    wildcards = "_".join(job.wildcards_dict.values()).replace("/", "_")
+    folder = Path(".snakemake/slurm_logs") / f"rule_{job.rule.name}" / wildcards
+    return max(folder.glob("*.log"), key=lambda log: log.stat().st_mtime, default=folder / "none.log")
+
+
+def say_failures():
+    """Print of each job that failed to the last what it was, why, and where more stands."""
+    for job in in_page_order(workflow.scheduler.failed):
+        limits = held(job, "mem_mb"), held(job, "runtime")
+        cause = simclr.slurm.cause_of_death(slurm_log(job), job.rule.name, *limits)
+        name = " ".join([job.rule.name, *job.wildcards_dict.values()])
+        last = simclr.jobs.last_line(Path(job.log[0])) if job.log else None
+        print(f"{name} failed at attempt {job.attempt}: {cause or last}; log: {', '.join(job.log)}")
+
+
 def say_summary():
     """Print what this run took."""
     jobs = [job for job in map(finished, in_page_order(workflow.dag.jobs)) if job]
