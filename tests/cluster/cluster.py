@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ class Cluster:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.small_disk = folder / "small_disk"  # of 400 kB
         path = [str(HERE / "quick"), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.environment = {
             **os.environ,
@@ -26,6 +27,7 @@ class Cluster:
             "PYTHONPATH": ":".join(path),
             "SLURM_CONF": str(folder / "etc/slurm.conf"),
             "OMP_NUM_THREADS": "1",
+            "SIMCLR_ALLOW_CPU": "1",  # the GPUs are GPUs to Slurm alone
         }
 
     def script(self, name: str, *arguments: str) -> None:
@@ -45,7 +47,7 @@ class Cluster:
         return dict(row.split() for row in rows)
 
 
-def until(condition: Callable[[], Any], what: str, seconds: float = 90) -> Any:
+def until(condition: Callable[[], Any], what: str, seconds: float = 240) -> Any:
     """Wait until `condition` gives something true, and return it."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -57,13 +59,20 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 90) -> Any:
 class Run:
     """`snakemake --profile slurm …` that is running in `folder`."""
 
-    def __init__(self, cluster: Cluster, folder: Path, *arguments: str, step_seconds: float = 0):
+    def __init__(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        *arguments: str,
+        environment: Mapping[str, str] = {},
+        step_seconds: float = 0,
+    ):
         self.log = folder / "said.txt"
         with self.log.open("w") as said:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "snakemake", "--profile", "slurm", *arguments],
                 cwd=folder,
-                env=cluster.environment | {"SIMCLR_TEST_STEP_SECONDS": str(step_seconds)},
+                env={**cluster.environment, **environment, "SIMCLR_TEST_STEP_SECONDS": str(step_seconds)},
                 stdout=said,
                 stderr=subprocess.STDOUT,
             )
@@ -72,7 +81,7 @@ class Run:
     def said(self) -> str:
         return self.log.read_text()
 
-    def ends(self, seconds: float = 180) -> int:
+    def ends(self, seconds: float = 600) -> int:
         """Wait for the end and return the exit status."""
         return self.process.wait(seconds)
 

@@ -1,23 +1,22 @@
-"""What the tests on a real Slurm share: the cluster, a clone of the repository, and a small pretraining."""
+"""What the tests on a real Slurm share: the cluster, a clone of the repository, and a small config."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 from cluster import Cluster, until
-from PIL import Image
 from test_workflow import make_clone
 
 from simclr import config, datasets
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare")
-IMAGES = 64
 
 
 @pytest.fixture(scope="session")
@@ -35,11 +34,15 @@ def slurm() -> None:
 def cluster(slurm: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A Slurm cluster of two CPU nodes and two nodes of two fake GPUs each, for the whole session."""
     cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    cluster.small_disk.mkdir()
+    # Before the nodes start: they see no mount that comes later.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", cluster.small_disk], check=True)
     try:
         cluster.script("start")
         yield cluster
     finally:
         cluster.script("stop")
+        subprocess.run(["umount", cluster.small_disk], check=True)
 
 
 @pytest.fixture
@@ -58,46 +61,32 @@ def clone(tmp_path: Path) -> Path:
     return make_clone(tmp_path)
 
 
-# ---------------------------------------------------------------- a small pretraining
+# ---------------------------------------------------------------- a small config
 
 
 @pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An ImageNet of two classes in 32 pixels."""
-    root, rng = tmp_path_factory.mktemp("imagenet"), np.random.default_rng(0)
-    for split, count in (("train", IMAGES), ("val", 4)):
-        for i in range(count):
-            path = root / split / ("n00000001", "n00000002")[i % 2] / f"{i}.JPEG"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(rng.integers(0, 256, (32, 32, 3)).astype(np.uint8)).save(path)
-    (root / "meta").mkdir()
-    (root / "meta/val.txt").write_text("".join(f"n0000000{i % 2 + 1}/{i}.JPEG {i % 2}\n" for i in range(4)))
-    return root
+def images(few_images: Callable[..., datasets.Dataset]) -> dict[str, Any]:
+    """The config block of an ImageNet with six training images of each of ten classes."""
+    root = few_images(6, 1).root.resolve()
+    return {"root": str(root), "classes": 10, "images": {"train": 60, "val": 10}}
 
 
 @pytest.fixture
-def tiny(clone: Path, images: Path) -> Callable[..., tuple[str, str]]:
-    """(steps, gpus) → the arguments that name a config of one model, `tiny`; its data is verified already."""
+def configured(clone: Path, images: dict[str, Any]) -> Callable[..., tuple[str, str]]:
+    """(model, benchmarks) → the arguments that name a config of it, called `tiny`; its data is verified."""
 
-    def written(steps: int, gpus: int = 0) -> tuple[str, str]:
-        block = {"root": str(images), "classes": 2, "images": {"train": IMAGES, "val": 4}}
-        recipe = {
-            "architecture": "resnet18_w0.125",
-            "epochs": steps // 8,
-            "batch_size": IMAGES // 8,
-            "projector": [16, 8],
-            "warmup_epochs": 1,
-            "augmentation": {"image_size": 32},
-        }
+    def written(
+        model: dict[str, Any], output: str = "results/tiny", **benchmarks: dict[str, Any]
+    ) -> tuple[str, str]:
         content = {
-            "output": "results/tiny",
-            "datasets": {"imagenet": block},
-            "features": {"imagenet": {"resize": 32, "crop": 32, "pooling": "adaptive"}},
-            "models": {"tiny": {"gpus": gpus, "pretrain": recipe}},
-            "benchmarks": {"imagenet_knn": {"neighbours": [1]}},
+            "output": output,
+            "datasets": {"imagenet": images},
+            "features": {"imagenet": {"resize": 48, "crop": 48, "pooling": "adaptive"}},
+            "models": {"tiny": model},
+            "benchmarks": benchmarks or {"imagenet_knn": {"neighbours": [1]}},
         }
         (clone / "config/tiny.yaml").write_text(yaml.safe_dump(content))
-        datasets.verify("imagenet", config.Dataset(**block), clone / "results/tiny/datasets/imagenet.json")
+        datasets.verify("imagenet", config.Dataset(**images), clone / output / "datasets/imagenet.json")
         return "--configfile", "config/tiny.yaml"
 
     return written

@@ -47,8 +47,8 @@ def test_stop_leaves_nothing(slurm, tmp_path):
     cluster = Cluster(tmp_path / "cluster")
     try:
         cluster.script("start")
-        cluster("sbatch", "-p", "cpu", "--wrap", "trap '' TERM; sleep 1000")
-        cluster("sbatch", "-p", "gpu", "--gres=gpu:1", "--wrap", "srun sleep 1000")
+        cluster("sbatch", "-o", "/dev/null", "-p", "cpu", "--wrap", "trap '' TERM; sleep 1000")
+        cluster("sbatch", "-o", "/dev/null", "-p", "gpu", "--gres=gpu:1", "--wrap", "srun sleep 1000")
         until(lambda: list(cluster.jobs().values()) == ["RUNNING"] * 2, "two jobs run")
         assert processes_of(cluster.folder)
     finally:
