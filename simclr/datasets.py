@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from simclr import BadInput
+from simclr import BadInput, masks
 from simclr.config import Dataset as Block
 from simclr.paths import (
     IMAGE_SUFFIXES,
@@ -83,8 +83,10 @@ LAYOUTS = {
     "voc0712": "VOC2007 and VOC2012, each with JPEGImages, Annotations and ImageSets/Main",
     "coco2017": "train2017, val2017, annotations/instances_{train2017,val2017}.json",
     "voc12aug": "VOC2012/{JPEGImages,SegmentationClass,SegmentationClassAug}, "
-    "VOC2012/ImageSets/Segmentation/{train,aug,val}.txt",
-    "cityscapes": "{leftImg8bit,gtFine}/{train,val}/<city>/*.png",
+    "VOC2012/ImageSets/Segmentation/{train,aug,val}.txt (SegmentationClassAug and aug.txt are made of "
+    "benchmark_RELEASE, where that lies there)",
+    "cityscapes": "leftImg8bit/{train,val}/<city>/*.png, gtFine/{train,val}/<city>/*_labelTrainIds.png or "
+    "*_polygons.json, of which these are made",
 }
 
 # ---------------------------------------------------------------- what the readers return
@@ -668,12 +670,16 @@ def _check_range(dataset: Dataset, split: str, listing: Listing) -> None:
 
 
 class Layout(NamedTuple):
-    """How a dataset is read: its class names, its splits, the list files to hash, a check of its labels."""
+    """How a dataset is read: its class names, its splits, the list files to hash, a check of its labels.
+
+    `make` makes under a root what the archives do not hold as it is read, and is not there yet.
+    """
 
     classes: Callable[[Path], list[str]]
     read: Callable[[Dataset, str], Listing]
     lists: tuple[str, ...]  # glob patterns
     check: Callable[[Dataset, str, Listing], None] | None = None
+    make: Callable[[Path], None] | None = None
 
 
 READERS = {
@@ -687,8 +693,13 @@ READERS = {
         ("VOC20*/ImageSets/Main/trainval.txt", "VOC2007/ImageSets/Main/test.txt"),
     ),
     "coco2017": Layout(_coco_classes, _coco2017, ("annotations/instances_*2017.json",)),
-    "voc12aug": Layout(_voc12aug_classes, _voc12aug, ("VOC2012/ImageSets/Segmentation/*.txt",)),
-    "cityscapes": Layout(_cityscapes_classes, _cityscapes, ()),
+    "voc12aug": Layout(
+        _voc12aug_classes,
+        _voc12aug,
+        tuple(f"VOC2012/ImageSets/Segmentation/{split}.txt" for split in ("train", "aug", "val")),
+        make=masks.make_voc12aug,
+    ),
+    "cityscapes": Layout(_cityscapes_classes, _cityscapes, (), make=masks.make_cityscapes),
 }
 
 # ---------------------------------------------------------------- files and lists
@@ -756,8 +767,9 @@ def verify(name: str, config: Block, output: Path) -> None:
     """Verify the dataset `name` and write its manifest to `output`, the same bytes for the same dataset.
 
     Looks at layout, class count, label order and image counts; then at every image and mask (header and end
-    of file); and decodes a seeded sample of `config.decode` images per split. Raises `BadInput` with one
-    sentence that names the path, what was expected, what was found, and the remedy.
+    of file); decodes a seeded sample of `config.decode` images per split, and every mask. Masks that the
+    archives do not hold are made first (`simclr.masks`). Raises `BadInput` with one sentence that names the
+    path, what was expected, what was found, and the remedy.
     """
     if name not in READERS:
         raise BadInput(f"--name: expected one of {', '.join(READERS)}, found {name!r}")
@@ -790,6 +802,8 @@ def _unverified(name: str, config: Block) -> Dataset:
             f"{config.root}: no such folder; set datasets.{name}.root to the folder that holds "
             f"{LAYOUTS[name]}"
         )
+    if READERS[name].make:
+        READERS[name].make(config.root)
     class_names = READERS[name].classes(config.root)
     if len(class_names) != config.classes:
         raise BadInput(
@@ -825,8 +839,7 @@ def _verify_split(dataset: Dataset, split: str, expected: int, decoded: int) -> 
         decode(listing.paths[index])
     if listing.masks is not None:
         _check_sizes(listing.masks, _inspect_all(listing.masks, dataset.name), sizes, "its image")
-        for index in chosen:
-            _check_mask(listing.masks[index], dataset)
+        _check_masks(listing.masks, dataset)
     _write_index(dataset, split, listing, began)
     return {"images": expected, "decoded": len(chosen), "sha256": _digest(listing)}
 
@@ -980,8 +993,11 @@ def _inspect_chunk(paths: Paths) -> tuple[np.ndarray, list[str]]:
 
 
 def _how_to_make(path: Path) -> str:
-    made = path.name.endswith("_labelTrainIds.png")
-    return " (make it with csCreateTrainIdLabelImgs of cityscapesScripts)" if made else ""
+    """Say of what a missing file would have been made, had that been there."""
+    if path.name.endswith("_labelTrainIds.png"):
+        polygons = path.name.replace("_labelTrainIds.png", "_polygons.json")
+        return f" (nor is there {polygons}, of which it is made)"
+    return ""
 
 
 def _inspect(path: Path) -> tuple[int, int]:
@@ -1009,18 +1025,28 @@ def _check_sizes(paths: Paths, found: np.ndarray, expected: np.ndarray, what: st
             )
 
 
-def _check_mask(path: Path, dataset: Dataset) -> None:
-    """Raise `BadInput` for a mask that is not one channel of class numbers or 255."""
-    with Image.open(path) as image:
-        if image.mode not in ("P", "L"):
-            raise BadInput(
-                f"{path}: expected a palette or greyscale image of class numbers, found mode {image.mode}; "
-                "restore it from the archive"
-            )
-        values = np.unique(np.asarray(image))
-    wrong = values[(values >= dataset.classes) & (values != VOID)]
-    if len(wrong):
-        raise BadInput(
-            f"{path}: expected class numbers 0 to {dataset.classes - 1} or {VOID}, found {wrong[0]}; "
-            "restore it from the archive"
-        )
+def _check_masks(paths: Paths, dataset: Dataset, threads: int = 8) -> None:
+    """Raise `BadInput` for the first mask that is not one channel of class numbers and 255.
+
+    Every mask is looked at: a label out of range may end a training on a GPU after hours, without a word of
+    the image.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        for path, fault in zip(
+            paths, pool.map(partial(_mask_fault, classes=dataset.classes), paths), strict=True
+        ):
+            if fault:
+                raise BadInput(f"{path}: {fault}; restore it from the archive")
+
+
+def _mask_fault(path: Path, classes: int) -> str | None:
+    """Return what was expected of a mask and what was found, or None where it is right."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L"):
+                return f"expected a palette or greyscale image of class numbers, found mode {image.mode}"
+            pixels = image.histogram()
+    except (OSError, SyntaxError, ValueError) as error:
+        return f"cannot be decoded ({_fault(error)})"
+    wrong = next((label for label in range(classes, VOID) if pixels[label]), None)
+    return None if wrong is None else f"expected class numbers 0 to {classes - 1} or {VOID}, found {wrong}"

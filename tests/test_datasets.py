@@ -425,11 +425,29 @@ def test_masks_that_do_not_fit(copied, tmp_path):
     refused("voc12aug", wrong, tmp_path, "expected 11 classes", "found 21")
 
 
-def test_cityscapes_without_train_ids_says_how_to_make_them(copied, tmp_path):
+def test_a_mask_is_looked_at_even_outside_the_decoded_sample(copied, tmp_path):
+    root, values = copied("VOCdevkit", "voc12aug")
+    for split, folder in (("aug", "SegmentationClassAug"), ("val", "SegmentationClass")):
+        ids = (root / f"VOC2012/ImageSets/Segmentation/{split}.txt").read_text().split()
+        mask = root / f"VOC2012/{folder}/{ids[-1]}.png"
+        intact = mask.read_bytes()
+        pixels = np.array(Image.open(mask))
+        pixels[-1, -1] = 254
+        Image.fromarray(pixels).save(mask)
+        unsampled = values.model_copy(update={"decode": 0})
+        refused("voc12aug", unsampled, tmp_path, mask, "0 to 20 or 255, found 254")
+        mask.write_bytes(intact)
+    damaged = bytearray(intact)
+    damaged[-24] ^= 0xFF  # in the last of the compressed pixels
+    mask.write_bytes(damaged)
+    refused("voc12aug", unsampled, tmp_path, mask, "cannot be decoded", "restore")
+
+
+def test_cityscapes_without_train_ids_and_polygons_names_both(copied, tmp_path):
     root, values = copied("cityscapes", "cityscapes")
     for path in root.glob("gtFine/val/*/*_labelTrainIds.png"):
         path.unlink()
-    refused("cityscapes", values, tmp_path, "labelTrainIds.png", "csCreateTrainIdLabelImgs", "11 more")
+    refused("cityscapes", values, tmp_path, "labelTrainIds.png", "nor is there", "_polygons.json", "11 more")
 
 
 def test_coco_files_that_do_not_fit(copied, tmp_path):
