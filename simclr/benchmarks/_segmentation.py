@@ -1,124 +1,150 @@
 """Fine-tuning and testing an FCN with MMSegmentation: what the segmentation benchmarks share.
 
-Training and testing are separate steps: training leaves checkpoints, the test reads the last one, and a kill
-anywhere loses at most the iterations since the last checkpoint. MMSegmentation is the maintained fork
-(onedl-mmsegmentation); the packaged config is the base and every number of the protocol is set from `Config`.
+Training and testing are separate steps: training leaves checkpoints, the test reads the last one. A kill
+anywhere loses at most the iterations since the last checkpoint, SIGTERM and SIGUSR1 lose none, and on a CPU a
+training that was resumed ends in the weights of one that was not. The packaged config is the base, and every
+number of the protocol is set from `Config` (`_segmentation_config`).
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import inspect
-import io
 import json
 import math
 import pickle
+import resource
+import sys
 import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from simclr import BadInput, datasets
-from simclr.distributed import process_group, rank, world_size
-from simclr.model import resnet
+from simclr import BadInput, distributed, results, rolling
+from simclr.benchmarks import _segmentation_sheet as sheet
+from simclr.benchmarks._mmseg import (
+    METRICS,
+    Hook,
+    IoUMetric,
+    Runner,
+    Settings,
+    get_torch_safe_globals,
+    pseudo_collate,
+)
+from simclr.benchmarks._segmentation_config import check_dataset, settings
+from simclr.datasets import decode
 from simclr.protocol import Metrics
-from simclr.results import locked, replacing
+from simclr.results import replacing
 
 if TYPE_CHECKING:
     from simclr.benchmarks.voc12aug_segmentation import Config
     from simclr.checkpoint import Backbone
     from simclr.datasets import Dataset
 
-# At import the fork prints two bare lines and warns, both about packages that an FCN does not need.
-with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import mmseg.datasets
-    import mmseg.engine
-    import mmseg.models
-    import mmseg.visualization
-    from mmengine.config import Config as Settings
-    from mmengine.dataset import pseudo_collate
-    from mmengine.hooks import Hook
-    from mmengine.runner import Runner
-    from mmengine.runner.checkpoint import get_torch_safe_globals
-    from mmseg.evaluation import IoUMetric
-    from mmseg.registry import DATASETS, METRICS
-
-SHEET_IMAGES = 4  # rows of the sheet of predictions
+KEPT = 2  # checkpoints: the newest, and one to fall back to
 
 
-def evaluate(backbone: Backbone, dataset: Dataset, config: Config, work: Path) -> Metrics:
+class Job(NamedTuple):
+    """A run on a machine."""
+
+    config: Config
+    run: dict[str, Any]  # all that the result depends on
+    folder: Path
+    device: torch.device
+
+
+def evaluate(
+    backbone: Backbone, dataset: Dataset, config: Config, work: Path, picture: Path | None = None
+) -> Metrics:
     """Fine-tune an FCN on `backbone` and return `miou`, `macc` and `aacc` of the val split, in percent.
 
-    The run lives in a folder of its own under `work`, named by a hash of backbone, dataset and config, so
-    that it never resumes another run's checkpoint. Details list the IoU of each class in percent, the classes
-    that do not count and why, and how many tensors of the backbone were loaded. Raises `BadInput` when the
-    dataset does not fit the protocol, the loss is not finite, or another process works on the same run.
+    The run lives in a folder of its own under `work`, named by a hash of backbone, dataset and config, and
+    each of its checkpoints says whose it is: another run's is never resumed. `picture` is a PNG to write, of
+    some images with ground truth and prediction. Details list the IoU of each class in percent, the classes
+    that do not count and why, how many tensors of the backbone were loaded, and what the run cost. Raises
+    `BadInput` when the dataset does not fit the protocol, the loss is not finite, the folder holds another
+    run's checkpoint, or another process works on the same run.
     """
-    with process_group() as device:
-        inputs = inputs_of(backbone, dataset, config)
-        folder = Path(work) / fingerprint(inputs)
+    run = inputs_of(backbone, dataset, config)
+    with distributed.process_group() as device, results.workplace(work, run) as folder:
+        torch.backends.cudnn.allow_tf32 = False  # float32 as published; TF32 has 10 bits
+        job = Job(config, run, folder, device)
         base = settings(config, backbone.architecture, dataset, folder, device.type)
         check_dataset(base, dataset)
-        with locked(folder):
-            if rank() == 0:
-                describe(folder, inputs, base)
-            checkpoint = train(base, backbone, config.iterations, folder)
-            areas, sheet = test(base, checkpoint, folder)
+        state = read_checkpoint(train(job, base, backbone))
+        started = time.monotonic()
+        areas = test(job, base, state["state_dict"], picture)
+        details = how(job, Cost(**state["cost"]), time.monotonic() - started)
     if areas["images"] != dataset.images["val"]:
         raise BadInput(
-            f"{dataset.root}: expected {dataset.images['val']} val images, tested {areas['images']}"
+            f"{dataset.root}: expected {dataset.images['val']} val images, tested {areas['images']}; verify "
+            "the dataset again"
         )
     metrics = scores(areas)
-    metrics.details |= {
-        "images": areas["images"],
-        "backbone_tensors": json.loads((folder / "backbone.json").read_text()),
-        "norm": base.model.backbone.norm_cfg.type,
-        "predictions": str(sheet),
-    }
+    metrics.details |= {"images": areas["images"], **details}
     return metrics
-
-
-# ---------------------------------------------------------------- the folder of a run
-
-
-def fingerprint(inputs: dict[str, Any]) -> str:
-    """Return 16 hexadecimal digits that stand for `inputs`."""
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def describe(folder: Path, inputs: dict[str, Any], base: Settings) -> None:
-    """Write `run.json` into `folder`: what its name stands for, and MMSegmentation's config as it is run."""
-    with replacing(folder / "run.json") as part:
-        part.write_text(json.dumps({**inputs, "mmsegmentation": base.to_dict()}, indent=1) + "\n")
 
 
 def inputs_of(backbone: Backbone, dataset: Dataset, config: Config) -> dict[str, Any]:
     """Return all that the result of a run depends on, as JSON values."""
+    # What changes neither data nor arithmetic may change between a run and its resumption.
+    protocol = config.model_dump_json(exclude={"workers", "checkpoint_every"})
     return {
         "checkpoint_sha256": backbone.checkpoint_sha256,
         "dataset": dataset.dataset.model_dump(),
-        # What changes neither data nor arithmetic may change between a run and its resumption.
-        "config": config.model_dump(mode="json", exclude={"workers", "checkpoint_every"}),
+        "config": json.loads(protocol),
     }
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole checkpoint of the run in `folder`, or None before the first.
+# ---------------------------------------------------------------- what a run costs
 
-    MMEngine notes it by its absolute path; only the name counts here, so that the folder may be moved.
-    """
-    note = folder / "last_checkpoint"
-    # MMEngine does not write the note whole or not at all: a kill may leave an empty one.
-    name = Path(note.read_text().strip()).name if note.is_file() else ""
-    return folder / name if name else None
+
+class Cost(NamedTuple):
+    """What a training has taken, without what was lost to kills."""
+
+    seconds: float = 0.0
+    gpu_seconds: float = 0.0
+    peak_memory_gb: float = 0.0  # of the first process: on its GPU, or on the CPU all that was resident
+
+    def plus(self, seconds: float, device: torch.device) -> Cost:
+        """Return the cost after so many seconds more, by all processes."""
+        cuda = device.type == "cuda"
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if cuda:
+            memory = torch.cuda.max_memory_allocated(device)
+        return Cost(
+            self.seconds + seconds,
+            self.gpu_seconds + cuda * distributed.world_size() * seconds,
+            max(self.peak_memory_gb, memory / 1e9),
+        )
+
+
+def how(job: Job, training: Cost, seconds: float) -> dict[str, Any]:
+    """Return what the record says of how a run was made, the last `seconds` of it the test."""
+    processes = distributed.world_size()
+    total = training.plus(seconds, job.device)
+    return {
+        "backbone_tensors": json.loads((job.folder / "backbone.json").read_text()),
+        "norm": "SyncBN" if processes > 1 else "BN",
+        "processes": processes,
+        "batch_per_process": job.config.batch_size // processes,
+        "seconds_per_iteration": training.seconds / job.config.iterations,
+        "gpu_hours": total.gpu_seconds / 3600,
+        "peak_memory_gb": total.peak_memory_gb,
+    }
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def checkpoint_path(folder: Path, iterations: int) -> Path:
+    """Return where the state after so many iterations lies; names sort by it."""
+    return folder / f"iter_{iterations:09d}.pth"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -128,137 +154,136 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         with torch.serialization.safe_globals(get_torch_safe_globals()):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            return {key: state[key] for key in ("run", "cost", "state_dict", "meta")}
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or "it is empty").splitlines()[0]
         raise BadInput(
             f"{path}: expected a checkpoint of this benchmark, found a truncated or foreign file ({reason}); "
             f"delete the folder {path.parent} to train again"
         ) from error
 
 
-# ---------------------------------------------------------------- MMSegmentation's config
+def newest_checkpoint(job: Job) -> Path | None:
+    """Return the newest whole checkpoint of the run, or None before the first; the same in all processes.
 
-
-def settings(config: Config, architecture: str, dataset: Dataset, folder: Path, device: str) -> Settings:
-    """Return MMSegmentation's packaged config with every value of the protocol set from `config`.
-
-    `device` is "cpu" or "cuda". Raises `BadInput` when the batch cannot be dealt evenly over the processes.
+    For a broken one it takes the one before, with a warning. Raises `BadInput` when none is whole, for the
+    checkpoint of another run, naming what differs, and when the processes do not find the same.
     """
-    base = Settings.fromfile(Path(mmseg.__file__).parent / ".mim" / "configs" / config.packaged)
-    base.work_dir = str(folder)
-    base.randomness = {"seed": config.seed}
-    base.launcher = "pytorch" if world_size() > 1 else "none"
-    if world_size() > 1 and device == "cpu":
-        base.model_wrapper_cfg = {
-            "type": "MMDistributedDataParallel",
-            "device_ids": None,
-            "broadcast_buffers": False,
-        }
-    _set_model(base.model, config, architecture, device)
-    _set_data(base, config, dataset)
-    _set_schedule(base, config)
-    base.default_hooks.pop("visualization")
-    base.default_hooks.logger.interval = min(50, math.ceil(config.iterations / 10))
-    # With one checkpoint kept, MMEngine would delete it before it writes the next.
-    base.default_hooks.checkpoint.update(interval=config.checkpoint_every, max_keep_ckpts=2)
-    return base
-
-
-def _set_model(model: Any, config: Config, architecture: str, device: str) -> None:
-    with torch.device("meta"):
-        channels = resnet(architecture).channels
-    # Over one process the statistics of both are the same; torch has SyncBN for GPUs only.
-    norm = {"type": "SyncBN" if world_size() > 1 and device == "cuda" else "BN", "requires_grad": True}
-    model.pretrained = None  # the packaged address of ImageNet weights
-    model.backbone.update(
-        type="ResNet",  # packaged: ResNetV1c
-        depth=int(architecture.split("_")[0].removeprefix("resnet")),
-        stem_channels=channels["feature1"],
-        base_channels=channels["feature1"],
-        contract_dilation=config.contract_dilation,
-        norm_cfg=norm,
-    )
-    model.decode_head.update(in_channels=channels["feature5"], channels=config.decode_channels)
-    model.auxiliary_head.update(in_channels=channels["feature4"], channels=config.auxiliary_channels)
-    model.auxiliary_head.loss_decode.loss_weight = config.auxiliary_weight
-    for head in (model.decode_head, model.auxiliary_head):
-        head.update(dropout_ratio=config.dropout, align_corners=config.align_corners, norm_cfg=norm)
-    window = (config.crop, config.crop)
-    model.data_preprocessor.size = window
-    model.test_cfg = {"mode": "whole"}
-    if config.slide_stride is not None:
-        stride = (config.slide_stride, config.slide_stride)
-        model.test_cfg = {"mode": "slide", "crop_size": window, "stride": stride}
-
-
-def _set_data(base: Settings, config: Config, dataset: Dataset) -> None:
-    for loader in (base.train_dataloader, base.test_dataloader):
-        loader.update(num_workers=config.workers, persistent_workers=config.workers > 0)
-        for part in loader.dataset.get("datasets", [loader.dataset]):
-            part.data_root = str(dataset.root / config.subfolder)
-            # Without it, small crops are padded with 0 after normalisation, as in MMSegmentation 0.x.
-            part.pipeline = [step for step in part.pipeline if step.type != "Pad"]
-            for step in part.pipeline:
-                step.update(_step(step.type, config))
-    if config.batch_size % world_size():
+    path = _newest(job)
+    found = torch.tensor([int(path.stem.removeprefix("iter_")) if path else 0])
+    steps = torch.cat(distributed.gather(distributed.on_device(found))).tolist()
+    if len(set(steps)) > 1:
         raise BadInput(
-            f"batch_size: expected a multiple of the {world_size()} processes, found {config.batch_size}"
+            f"{job.folder}: the processes found checkpoints of iterations {', '.join(map(str, steps))}; "
+            "expected one for all; --work must be one folder that all nodes share"
         )
-    base.train_dataloader.batch_size = config.batch_size // world_size()
-    base.test_evaluator = {"type": "AreaMetric"}
-    base.val_dataloader = base.val_cfg = base.val_evaluator = None  # the test is a step of its own
+    return path
 
 
-def _step(name: str, config: Config) -> dict[str, Any]:
-    """Return what the protocol says about the pipeline's step called `name`."""
-    return {
-        "Resize": {"scale": config.resize},
-        "RandomResize": {"scale": config.resize, "ratio_range": config.scale},
-        "RandomCrop": {"crop_size": (config.crop, config.crop), "cat_max_ratio": config.category_ratio},
-        "RandomFlip": {"prob": config.flip},
-    }.get(name, {})
+def _newest(job: Job) -> Path | None:
+    faults = []
+    for path in sorted(job.folder.glob("iter_*.pth"), reverse=True):
+        try:
+            run = read_checkpoint(path)["run"]
+        except BadInput as error:
+            faults.append(error)
+            if distributed.rank() == 0:
+                print(f"{error}; for now, going on from the one before", file=sys.stderr)
+            continue
+        if run != job.run:
+            raise BadInput(
+                f"{path}: expected a checkpoint of this run, found one of another: "
+                f"{'; '.join(rolling.differences(run, job.run))}; delete it, or give another --work"
+            )
+        return path
+    if faults:
+        raise faults[0]
+    return None
 
 
-def _set_schedule(base: Settings, config: Config) -> None:
-    base.train_cfg = {"type": "IterBasedTrainLoop", "max_iters": config.iterations}
-    base.optim_wrapper.optimizer.update(
-        lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-    )
-    # PolyLR is at its floor in iteration `end` - 1, counted from 0; the protocol's formula is after the last.
-    base.param_scheduler[0].update(
-        power=config.power, eta_min=config.lr_floor, begin=0, end=config.iterations + 1
-    )
+class Checkpoints(Hook):
+    """Write the state every so often, after the last iteration, and when a signal asks to stop.
 
+    Each is written whole or not at all, says whose it is and what it cost, and the newest two are kept. A
+    loss that is no number stops the run before it can reach one.
+    """
 
-def check_dataset(base: Settings, dataset: Dataset) -> None:
-    """Raise `BadInput` unless `dataset` is as it was verified and has MMSegmentation's classes in order."""
-    for split in dataset.images:
-        datasets.segmentation(dataset, split)
-    expected = list(DATASETS.get(base.test_dataloader.dataset.type).METAINFO["classes"])
-    if dataset.class_names != expected:
-        raise BadInput(
-            f"{dataset.name}: expected the {len(expected)} classes {', '.join(expected)}; found "
-            f"{', '.join(dataset.class_names)}"
-        )
+    priority = "VERY_LOW"  # after the scheduler has set the next learning rate
+
+    def __init__(self, job: Job, signals: list[int]):
+        self.job, self.signals = job, signals
+        self.before, self.since = Cost(), time.monotonic()
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Go on counting from what the run has cost."""
+        self.before = Cost(**checkpoint["cost"])
+
+    def before_train(self, runner: Runner) -> None:
+        """Start the clock."""
+        self.since = time.monotonic()
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Add to the checkpoint of MMEngine whose it is and what it cost."""
+        cost = self.before.plus(time.monotonic() - self.since, self.job.device)
+        checkpoint |= {"run": self.job.run, "cost": cost._asdict()}
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Tensor] | None = None
+    ) -> None:
+        """Raise `BadInput` in all processes for a loss that is no number in one; exit when asked to stop."""
+        loss = outputs["loss"].detach().float().reshape(1)
+        asked = loss.new_tensor([float(bool(self.signals))])
+        loss, asked = distributed.total(torch.cat([loss, asked])).tolist()
+        done, last = batch_idx + 1, self.job.config.iterations
+        if not math.isfinite(loss):
+            raise BadInput(
+                f"the loss is {loss} in iteration {done}; expected a finite number; lower the "
+                "benchmark's `lr`, or look for a backbone that is itself broken"
+            )
+        if asked or done == last or done % self.job.config.checkpoint_every == 0:
+            if distributed.rank() == 0:
+                self.save(runner, done)
+            distributed.barrier()
+        if asked and done < last:
+            if distributed.rank() == 0:
+                print(f"stopped after iteration {done} of {last}; the same command goes on", file=sys.stderr)
+            sys.exit(rolling.STOPPED)
+
+    def save(self, runner: Runner, iterations: int) -> None:
+        """Write the state after so many iterations, and drop all but the newest two up to it."""
+        path = checkpoint_path(self.job.folder, iterations)
+        with replacing(path) as part:
+            runner.save_checkpoint(str(part.parent), part.name, by_epoch=False)
+        there = sorted(self.job.folder.glob("iter_*.pth"))
+        until = there.index(path) + 1
+        for each in [*there[: max(until - KEPT, 0)], *there[until:]]:  # the later ones are broken
+            each.unlink()
 
 
 # ---------------------------------------------------------------- training
 
 
-def train(base: Settings, backbone: Backbone, iterations: int, folder: Path) -> Path:
+def train(job: Job, base: Settings, backbone: Backbone) -> Path:
     """Train to the last iteration, from the newest checkpoint if there is one; return the last checkpoint."""
-    last, newest = folder / f"iter_{iterations}.pth", latest_checkpoint(folder)
+    last, newest = checkpoint_path(job.folder, job.config.iterations), newest_checkpoint(job)
     if newest == last:
         return last
-    resumed = {}
-    if newest is not None:
-        read_checkpoint(newest)  # MMEngine would run what a foreign file says
-        resumed = {"load_from": str(newest), "resume": True}
+    if distributed.rank() == 0:
+        with replacing(job.folder / "mmsegmentation.json") as part:
+            part.write_text(json.dumps(base.to_dict(), indent=1) + "\n")
+    resumed = {"load_from": str(newest), "resume": True} if newest else {}
     runner = _runner(base, test_dataloader=None, test_cfg=None, test_evaluator=None, **resumed)
-    runner.register_hook(LoadBackbone(backbone.state(), folder / "backbone.json"), priority="LOWEST")
-    runner.register_hook(StopUnlessFinite())
-    runner.train()
+    if distributed.world_size() > 1 and job.device.type == "cpu":
+        distributed.sync_batchnorm(_unwrapped(runner.model))  # MMSegmentation has it for GPUs only
+    runner.register_hook(LoadBackbone(backbone.state(), job.folder / "backbone.json"), priority="LOWEST")
+    runner.register_hook(Reseed(job.config.seed))
+    with rolling.stop_signals() as signals:
+        runner.register_hook(Checkpoints(job, signals))
+        try:
+            runner.train()
+        finally:
+            _end_workers(runner)
     return last
 
 
@@ -282,6 +307,16 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return getattr(model, "module", model)
 
 
+def _end_workers(runner: Runner) -> None:
+    """End the loader's workers: at the interpreter's end they would be sent a SIGTERM that they ignore."""
+    loop = runner._train_loop  # not yet a loop where its making failed
+    iterator = getattr(getattr(loop, "dataloader_iterator", None), "_iterator", None)
+    if hasattr(iterator, "_workers"):
+        iterator._shutdown_workers()
+        for worker in iterator._workers:
+            worker.kill()
+
+
 class LoadBackbone(Hook):
     """Before iteration 0, load `state` into the backbone, prove it, and write the count to `report`."""
 
@@ -290,13 +325,14 @@ class LoadBackbone(Hook):
         self.report = report
 
     def before_train(self, runner: Runner) -> None:
+        """Raise `RuntimeError` unless every tensor of the backbone is the source's."""
         if runner.iter > 0:  # resumed: the checkpoint holds what became of these weights
             return
         backbone = _unwrapped(runner.model).backbone
         backbone.load_state_dict(self.state, strict=True)
         loaded = count_equal(backbone, self.state)
         runner.logger.info(f"backbone: {loaded} of {len(self.state)} tensors loaded")
-        if rank() == 0:
+        if distributed.rank() == 0:
             with replacing(self.report) as part:
                 part.write_text(json.dumps({"expected": len(self.state), "loaded": loaded}))
 
@@ -320,63 +356,51 @@ def count_equal(module: nn.Module, state: Mapping[str, Tensor]) -> int:
     return len(found)
 
 
-class StopUnlessFinite(Hook):
-    """Stop before a loss that is no number can reach a checkpoint."""
+class Reseed(Hook):
+    """Before each iteration, seed what the network draws (dropout) by seed, iteration and process alone."""
 
-    def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict[str, Tensor] | None = None
-    ) -> None:
-        loss = float(outputs["loss"].detach())
-        if not math.isfinite(loss):
-            raise BadInput(
-                f"the loss is {loss} in iteration {batch_idx + 1}; expected a finite number; lower the "
-                "benchmark's `lr`, or look for a backbone that is itself broken"
-            )
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Seed torch on all devices."""
+        drawn = np.random.SeedSequence((self.seed, batch_idx, distributed.rank())).generate_state(1)
+        torch.manual_seed(int(drawn[0]))
 
 
 # ---------------------------------------------------------------- the test
 
 
-def test(base: Settings, checkpoint: Path, folder: Path) -> tuple[dict[str, Any], Path]:
-    """Test the weights of `checkpoint` on the val split.
-
-    Returns the areas that `AreaMetric` adds up, and the path of a sheet with some predictions.
-    """
+def test(job: Job, base: Settings, weights: Mapping[str, Tensor], picture: Path | None) -> dict[str, Any]:
+    """Test `weights` on the val split; return the areas that `AreaMetric` adds up, and draw `picture`."""
     training = ("train_dataloader", "train_cfg", "optim_wrapper", "param_scheduler")
-    runner = _runner(base, **dict.fromkeys(training), work_dir=str(folder / "test"))
-    _unwrapped(runner.model).load_state_dict(read_checkpoint(checkpoint)["state_dict"], strict=True)
+    runner = _runner(base, **dict.fromkeys(training), work_dir=str(job.folder / "test"))
+    _unwrapped(runner.model).load_state_dict(weights, strict=True)
     areas = runner.test()
-    sheet = folder / "predictions.png"
-    if rank() == 0:
-        with replacing(sheet) as part:
+    if picture is not None and distributed.rank() == 0:
+        with replacing(picture) as part:
             draw_sheet(runner).save(part, format="png")
-    return areas, sheet
+    return areas
 
 
 @METRICS.register_module()
 class AreaMetric(IoUMetric):
     """MMSegmentation's areas per class, added up as integers and neither divided nor rounded."""
 
-    default_prefix = ""
+    def evaluate(self, size: int) -> dict[str, Any]:
+        """Return `intersection`, `union`, `prediction` and `truth` in pixels per class, and `images`.
 
-    def process(self, data_batch: dict[str, Any], data_samples: list[dict[str, Any]]) -> None:
-        """Add the areas of some images; raises `BadInput` for a label that is neither a class nor 255."""
-        for sample in data_samples:
-            labels = sample["gt_sem_seg"]["data"]
-            wrong = labels[(labels >= len(self.dataset_meta["classes"])) & (labels != self.ignore_index)]
-            if len(wrong):
-                raise BadInput(f"{sample['seg_map_path']}: label {int(wrong[0])} is no class of this dataset")
-        super().process(data_batch, data_samples)
-
-    def compute_metrics(self, results: list[tuple[Tensor, ...]]) -> dict[str, Any]:
-        """Return `intersection`, `union`, `prediction` and `truth` in pixels per class, and `images`."""
+        They are sums over the images of all processes, none of which has an image of another.
+        """
+        classes = list(self.dataset_meta["classes"])
+        areas = torch.zeros(4, len(classes), dtype=torch.long)
+        for image in self.results:
+            areas += torch.stack(image).long().cpu()
+        images = torch.tensor(len(self.results))
+        self.results.clear()
+        areas, images = (distributed.total(distributed.on_device(each)).tolist() for each in (areas, images))
         names = ("intersection", "union", "prediction", "truth")
-        areas = (torch.stack(areas).long().sum(0).tolist() for areas in zip(*results, strict=True))
-        return {
-            "classes": list(self.dataset_meta["classes"]),
-            "images": len(results),
-            **dict(zip(names, areas, strict=True)),
-        }
+        return {"classes": classes, "images": images, **dict(zip(names, areas, strict=True))}
 
 
 def scores(areas: dict[str, Any]) -> Metrics:
@@ -408,20 +432,13 @@ def scores(areas: dict[str, Any]) -> Metrics:
 
 
 def draw_sheet(runner: Runner) -> Image.Image:
-    """Return `SHEET_IMAGES` val images, evenly spaced, each beside its ground truth and its prediction."""
+    """Return some val images, always the same, each beside its ground truth and its prediction."""
     dataset = runner.test_dataloader.dataset
-    palette = np.array([*dataset.metainfo["palette"], *[[255] * 3] * 256], dtype=np.uint8)[:256]
     rows = []
-    for i in range(0, len(dataset), math.ceil(len(dataset) / SHEET_IMAGES)):
-        sample = dataset[i]
+    for i in sheet.chosen(len(dataset)):
         with torch.no_grad():
-            (predicted,) = runner.model.test_step(pseudo_collate([sample]))
-        image = np.asarray(Image.open(predicted.img_path).convert("RGB"))
-        maps = (predicted.gt_sem_seg, predicted.pred_sem_seg)
-        rows.append([image, *(palette[part.data.squeeze().cpu().numpy()] for part in maps)])
-    height, width = (max(row[0].shape[axis] for row in rows) for axis in (0, 1))
-    sheet = Image.new("RGB", (3 * width, len(rows) * height), "white")
-    for y, row in enumerate(rows):
-        for x, part in enumerate(row):
-            sheet.paste(Image.fromarray(part), (x * width, y * height))
-    return sheet
+            (tested,) = runner.model.test_step(pseudo_collate([dataset[i]]))
+        maps = (tested.gt_sem_seg, tested.pred_sem_seg)
+        truth, predicted = (part.data.squeeze().cpu().numpy() for part in maps)
+        rows.append((decode(Path(tested.img_path), truth.shape[::-1]), truth, predicted))
+    return sheet.draw(rows, dataset.metainfo["classes"], dataset.metainfo["palette"])

@@ -81,11 +81,14 @@ class Config(Protocol):
     seed: int = Field(0, ge=0, description="Of data order, augmentation and heads; the source states none.")
 
 
-def evaluate(backbone: Backbone, dataset: Dataset, config: Config, work: Path) -> Metrics:
+def evaluate(
+    backbone: Backbone, dataset: Dataset, config: Config, work: Path, picture: Path | None = None
+) -> Metrics:
     """Fine-tune an FCN on `backbone`; return `miou`, `macc` and `aacc` of the val split in percent.
 
     Training goes on where a run with the same backbone, dataset and config under `work` was stopped.
+    `picture` is a PNG to write, of some images with ground truth and prediction.
     """
     from simclr.benchmarks import _segmentation
 
-    return _segmentation.evaluate(backbone, dataset, config, work)
+    return _segmentation.evaluate(backbone, dataset, config, work, picture)

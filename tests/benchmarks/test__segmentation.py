@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,8 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
-from simclr import BadInput, datasets
-from simclr.benchmarks import _segmentation
+from simclr import BadInput, datasets, distributed, results, rolling
+from simclr.benchmarks import _segmentation, _segmentation_config
 from simclr.benchmarks.voc12aug_segmentation import Config, evaluate
 from simclr.checkpoint import Backbone, save_backbone
 from simclr.model import resnet
@@ -58,27 +59,10 @@ def areas_of(truth, prediction, classes):
         for t, p in zip(truth, prediction, strict=True)
     ]
     metric.process({}, samples)
-    return metric.compute_metrics(metric.results)
+    return metric.evaluate(len(samples))
 
 
-def scores_by_loop(truth, prediction, classes):
-    """mIoU, mAcc, aAcc in percent from the definition, pixel sets class by class."""
-    kept = truth != 255
-    truth, prediction = truth[kept], prediction[kept]
-    iou, accuracy = [], []
-    for c in range(len(classes)):
-        union = ((truth == c) | (prediction == c)).sum()
-        both = ((truth == c) & (prediction == c)).sum()
-        iou += [both / union] if union else []
-        accuracy += [both / (truth == c).sum()] if (truth == c).any() else []
-    return {
-        "miou": 100 * np.mean(iou),
-        "macc": 100 * np.mean(accuracy),
-        "aacc": 100 * (truth == prediction).mean(),
-    }
-
-
-def test_scores_equal_the_definition():
+def test_scores_equal_the_definition(scores_of_maps):
     rng = np.random.default_rng(0)
     classes = list("abcdef")
     truth = rng.choice([0, 1, 2, 3, 255], (5, 20, 30))
@@ -86,7 +70,7 @@ def test_scores_equal_the_definition():
     areas = areas_of(truth, prediction, classes)
     metrics = _segmentation.scores(areas)
     assert areas["images"] == 5
-    assert metrics == pytest.approx(scores_by_loop(truth, prediction, classes), rel=1e-14)
+    assert metrics == pytest.approx(scores_of_maps(truth, prediction, len(classes)), rel=1e-14)
     assert list(metrics.details["not_counted"]) == ["f"]
     assert metrics.details["predicted_only"] == ["e"]
     assert list(metrics.details["iou"]) == list("abcde")
@@ -102,19 +86,21 @@ def test_areas_are_added_without_rounding():
     # In float32, in which MMSegmentation adds, 2**24 + 1 is 2**24.
     metric = _segmentation.AreaMetric()
     metric.dataset_meta = {"classes": ["a"]}
-    areas = metric.compute_metrics([(torch.tensor([2.0**24]),) * 4, (torch.tensor([1.0]),) * 4])
-    assert areas["union"] == [2**24 + 1]
+    metric.results = [(torch.tensor([2.0**24]),) * 4, (torch.tensor([1.0]),) * 4]
+    assert metric.evaluate(2)["union"] == [2**24 + 1]
+
+
+def test_a_process_without_images_adds_nothing():
+    metric = _segmentation.AreaMetric()
+    metric.dataset_meta = {"classes": ["a", "b"]}
+    areas = {key: [0, 0] for key in ("intersection", "union", "prediction", "truth")}
+    assert metric.evaluate(1) == {"classes": ["a", "b"], "images": 0, **areas}
 
 
 def test_no_labelled_pixel_is_an_error_not_a_number():
     areas = areas_of(np.full((1, 2, 2), 255), np.zeros((1, 2, 2), int), ["a", "b"])
     with pytest.raises(BadInput, match="no labelled pixel"):
         _segmentation.scores(areas)
-
-
-def test_a_label_beyond_the_classes_is_refused():
-    with pytest.raises(BadInput, match=r"mask\.png: label 7"):
-        areas_of(np.array([[[0, 7]]]), np.array([[[0, 0]]]), ["a", "b"])
 
 
 # ---------------------------------------------------------------- loading
@@ -171,24 +157,65 @@ class Payload:
         return os.mkdir, (str(self.target),)
 
 
+def run_folder(work, backbone, dataset, config):
+    """The folder of a run, made."""
+    with results.workplace(work, _segmentation.inputs_of(backbone, dataset, config)) as folder:
+        return folder
+
+
 def test_a_foreign_pickle_is_refused_and_not_run(tmp_path, backbone, dataset):
-    config = Config(**TINY)
-    voc = dataset("voc12aug")
-    folder = tmp_path / _segmentation.fingerprint(_segmentation.inputs_of(backbone, voc, config))
-    folder.mkdir()
-    torch.save({"state_dict": Payload(tmp_path / "ran")}, folder / "iter_2.pth")
-    (folder / "last_checkpoint").write_text("/elsewhere/iter_2.pth")
-    with pytest.raises(BadInput, match=r"iter_2\.pth: .*foreign.*delete the folder"):
+    config, voc = Config(**TINY), dataset("voc12aug")
+    folder = run_folder(tmp_path, backbone, voc, config)
+    torch.save({"state_dict": Payload(tmp_path / "ran")}, folder / "iter_000000002.pth")
+    with pytest.raises(BadInput, match=r"iter_000000002\.pth: .*foreign.*delete the folder"):
+        evaluate(backbone, voc, config, tmp_path)
+    torch.save({"model": {}}, folder / "iter_000000002.pth")
+    with pytest.raises(BadInput, match=r"iter_000000002\.pth: .*foreign.*'run'"):
         evaluate(backbone, voc, config, tmp_path)
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_truncated_checkpoint_is_refused(tmp_path):
-    path = tmp_path / "iter_2.pth"
-    torch.save({"state_dict": {"weight": torch.zeros(1000)}}, path)
-    path.write_bytes(path.read_bytes()[:-2000])
-    with pytest.raises(BadInput, match="truncated"):
-        _segmentation.read_checkpoint(path)
+def job_in(folder, run, **config):
+    return _segmentation.Job(Config(**TINY | config), run, folder, torch.device("cpu"))
+
+
+def write_checkpoint(folder, iterations, run):
+    state = {"state_dict": {"weight": torch.zeros(1000)}, "meta": {}, "cost": {}, "run": run}
+    path = _segmentation.checkpoint_path(folder, iterations)
+    torch.save(state, path)
+    return path
+
+
+def test_of_a_truncated_checkpoint_the_one_before_is_taken(tmp_path, capsys):
+    job = job_in(tmp_path, {"config": {"lr": 0.01}})
+    assert _segmentation.newest_checkpoint(job) is None
+    second, tenth = (write_checkpoint(tmp_path, number, job.run) for number in (2, 10))
+    assert _segmentation.newest_checkpoint(job) == tenth
+    tenth.write_bytes(tenth.read_bytes()[:-2000])
+    assert _segmentation.newest_checkpoint(job) == second
+    assert "iter_000000010.pth: expected a checkpoint of this benchmark" in capsys.readouterr().err
+    second.write_bytes(b"")
+    with pytest.raises(BadInput, match=rf"{tenth}: .*truncated.*delete the folder {tmp_path}"):
+        _segmentation.newest_checkpoint(job)
+
+
+def test_the_checkpoint_of_another_run_is_refused_and_both_are_named(tmp_path):
+    """Folders are named by all that a run depends on; this is of one who copies what is in them."""
+    job = job_in(tmp_path, {"checkpoint_sha256": "aa", "config": {"lr": 0.01, "crop": 512}})
+    write_checkpoint(tmp_path, 4, {"checkpoint_sha256": "bb", "config": {"lr": 0.02, "crop": 512}})
+    said = (
+        r"iter_000000004\.pth: expected .* of this run, found one of another: checkpoint_sha256 is bb there, "
+    )
+    with pytest.raises(BadInput, match=said + r"aa here; config\.lr is 0\.02 there, 0\.01 here; delete it"):
+        _segmentation.newest_checkpoint(job)
+
+
+def test_processes_that_see_different_folders_are_refused(tmp_path, monkeypatch):
+    job = job_in(tmp_path, {})
+    write_checkpoint(tmp_path, 4, {})
+    monkeypatch.setattr(distributed, "gather", lambda found: [found, torch.tensor([2])])
+    with pytest.raises(BadInput, match=r"found checkpoints of iterations 4, 2; expected one for all; --work"):
+        _segmentation.newest_checkpoint(job)
 
 
 # ---------------------------------------------------------------- the run
@@ -196,49 +223,89 @@ def test_a_truncated_checkpoint_is_refused(tmp_path):
 KILLED = """
 import os, signal, sys
 from simclr.__main__ import main
-from simclr.benchmarks import _segmentation
+from simclr.benchmarks import _segmentation, _segmentation_config
 
-def die(self, runner, batch_idx, data_batch=None, outputs=None):
-    if batch_idx == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
+reseed = _segmentation.Reseed.before_train_iter
 
-_segmentation.StopUnlessFinite.after_train_iter = die
-main(sys.argv[1:])
+def die(self, runner, batch_idx, data_batch=None):
+    if batch_idx == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.Signals[sys.argv[1]])
+    reseed(self, runner, batch_idx)
+
+_segmentation.Reseed.before_train_iter = die
+sys.exit(main(sys.argv[3:]))
 """
 
 
-def test_a_killed_run_goes_on_in_a_moved_folder(tmp_path, backbone, dataset, monkeypatch):
+def arguments(tmp_path, backbone, config, work, **options):
+    """The command line of the step."""
+    values = {"model": "random_init", "config": config.model_dump_json(), "backbone": backbone.path}
+    values |= {"dataset": tmp_path / "manifests/voc12aug.json", "work": work} | options
+    return ["voc12aug_segmentation", *(str(part) for key in values for part in (f"--{key}", values[key]))]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted():
+    """Metrics and last checkpoint of a run without interruption, made by the first test that needs them."""
+    return {}
+
+
+def whole_run(uninterrupted, backbone, dataset, folder):
+    if not uninterrupted:
+        evaluate(backbone, dataset, Config(**TINY), folder)
+        (path,) = folder.glob("*/iter_000000006.pth")
+        uninterrupted["state"] = _segmentation.read_checkpoint(path)
+    return uninterrupted["state"]
+
+
+def same_weights(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_killed_run_goes_on_in_a_moved_folder(
+    tmp_path, backbone, dataset, monkeypatch, uninterrupted, predictions, scores_by_loop
+):
     voc, config = dataset("voc12aug"), Config(**TINY)
     before, work = tmp_path / "before", tmp_path / "after"
-    command = [sys.executable, "-c", KILLED, "voc12aug_segmentation", "--model", "random_init"]
-    command += ["--config", config.model_dump_json(), "--backbone", str(backbone.path)]
-    command += ["--dataset", str(tmp_path / "manifests/voc12aug.json")]
-    killed = subprocess.run([*command, "--work", str(before), "--output", str(tmp_path / "record.json")])
+    command = arguments(tmp_path, backbone, config, before, output=tmp_path / "record.json")
+    killed = subprocess.run([sys.executable, "-c", KILLED, "SIGKILL", "5", *command])
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "record.json").exists()
     shutil.move(before, work)
     (folder,) = work.iterdir()
-    assert (folder / "last_checkpoint").read_text().startswith(str(before))
-    assert sorted(path.name for path in folder.glob("*.pth")) == ["iter_2.pth", "iter_4.pth"]
+    assert [path.name for path in sorted(folder.glob("*.pth"))] == [
+        "iter_000000002.pth",
+        "iter_000000004.pth",
+    ]
+    cost = _segmentation.read_checkpoint(folder / "iter_000000004.pth")["cost"]
 
-    trained, predictions = [], {}
-    spy(monkeypatch, _segmentation.StopUnlessFinite, "after_train_iter", partial(keep_iteration, trained))
-    spy(monkeypatch, _segmentation.AreaMetric, "process", partial(keep_predictions, predictions))
-    metrics = evaluate(backbone, voc, config, work)
+    trained = []
+    spy(monkeypatch, _segmentation.Reseed, "before_train_iter", partial(keep_iteration, trained))
+    metrics = evaluate(backbone, voc, config, work, tmp_path / "sheet.png")
 
     assert trained == [4, 5]
-    assert sorted(path.name for path in folder.glob("*.pth")) == ["iter_4.pth", "iter_6.pth"]
-    assert _segmentation.read_checkpoint(folder / "iter_6.pth")["meta"]["iter"] == 6
+    assert [path.name for path in sorted(folder.glob("*.pth"))] == [
+        "iter_000000004.pth",
+        "iter_000000006.pth",
+    ]
+    last = _segmentation.read_checkpoint(folder / "iter_000000006.pth")
+    assert last["meta"]["iter"] == 6
+    assert last["run"] == json.loads((folder / "run.json").read_text())
     assert metrics.details["backbone_tensors"] == {"expected": 120, "loaded": 120}
     assert metrics.details["images"] == len(predictions) == voc.images["val"]
-    assert metrics.details["norm"] == "BN"
+    assert (metrics.details["norm"], metrics.details["processes"]) == ("BN", 1)
+    # What the two parts took adds up; what the kill lost does not count.
+    assert last["cost"]["seconds"] > cost["seconds"] > 0
+    assert metrics.details["seconds_per_iteration"] == last["cost"]["seconds"] / 6
+    assert metrics.details["peak_memory_gb"] > 0
+    assert metrics.details["gpu_hours"] == 0  # no GPU
     # Against masks read from the dataset's own lists, without MMSegmentation.
-    images, masks = datasets.segmentation(voc, "val")
-    truth = np.concatenate([np.asarray(Image.open(mask)).ravel() for mask in masks])
-    predicted = np.concatenate([predictions[str(image)].ravel() for image in images])
-    assert metrics == pytest.approx(scores_by_loop(truth, predicted, voc.class_names), rel=1e-12)
-    with Image.open(metrics.details["predictions"]) as sheet:
-        assert sheet.width > sheet.height / 2
+    assert metrics == pytest.approx(scores_by_loop(voc, predictions), rel=1e-12)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.format == "PNG"
+    # In a folder of its own, as if nothing had happened.
+    whole = whole_run(uninterrupted, backbone, voc, tmp_path / "whole")
+    assert same_weights(last["state_dict"], whole["state_dict"])
 
     trained.clear()
     again = evaluate(backbone, voc, Config(**TINY | {"checkpoint_every": 3}), work)
@@ -256,21 +323,82 @@ def spy(monkeypatch, owner, name, see):
     monkeypatch.setattr(owner, name, seen)
 
 
-def keep_iteration(trained, runner, batch_idx, **_):
+def keep_iteration(trained, runner, batch_idx, *_, **__):
     trained.append(batch_idx)
 
 
-def keep_predictions(predictions, data_batch, data_samples):
-    for sample in data_samples:
-        predictions[sample["img_path"]] = sample["pred_sem_seg"]["data"].squeeze().numpy()
+def test_a_run_that_is_asked_to_stop_loses_nothing(tmp_path, backbone, dataset, monkeypatch, uninterrupted):
+    voc, config = dataset("voc12aug"), Config(**TINY | {"checkpoint_every": 100, "workers": 1})
+    command = arguments(tmp_path, backbone, config, tmp_path / "work", output=tmp_path / "record.json")
+    command = [sys.executable, "-c", KILLED, "SIGTERM", "2", *command]
+    asked = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert asked.returncode == rolling.STOPPED
+    assert "stopped after iteration 3 of 6; the same command goes on" in asked.stderr
+    assert not (tmp_path / "record.json").exists()
+
+    trained = []
+    spy(monkeypatch, _segmentation.Reseed, "before_train_iter", partial(keep_iteration, trained))
+    evaluate(backbone, voc, config, tmp_path / "work")
+    assert trained == [3, 4, 5]
+    (path,) = tmp_path.glob("work/*/iter_000000006.pth")
+    resumed, whole = (
+        _segmentation.read_checkpoint(path),
+        whole_run(uninterrupted, backbone, voc, tmp_path / "whole"),
+    )
+    assert same_weights(resumed["state_dict"], whole["state_dict"])
 
 
-def test_a_run_has_its_own_folder(backbone, dataset):
+def test_a_kill_between_training_and_test_costs_the_test_alone(tmp_path, backbone, dataset, monkeypatch):
+    voc, config = dataset("voc12aug"), Config(**TINY)
+    with monkeypatch.context() as patched:
+        patched.setattr(_segmentation.AreaMetric, "process", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(backbone, voc, config, tmp_path)
+    trained = []
+    spy(monkeypatch, _segmentation.Reseed, "before_train_iter", partial(keep_iteration, trained))
+    metrics = evaluate(backbone, voc, config, tmp_path)
+    assert trained == []
+    assert metrics.details["images"] == voc.images["val"]
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_two_processes_train_as_one(tmp_path, backbone, dataset):
+    """Started as the workflow starts them: equal weights up to rounding, and a record of the same shape."""
+    voc = dataset("voc12aug")
+    config = Config(**TINY | {"dropout": 0, "batch_size": 4})  # each process has dropout of its own
+    one = evaluate(backbone, voc, config, tmp_path / "one")
+    record = tmp_path / "record.json"
+    command = arguments(
+        tmp_path, backbone, config, tmp_path / "two", output=record, picture=tmp_path / "sheet.png"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(datasets.__file__).parents[1])}
+    subprocess.run(
+        [*launcher, "-m", "simclr", *command], check=True, env=environment, cwd=tmp_path, timeout=300
+    )
+    (a,), (b,) = ((tmp_path / name).glob("*/iter_000000006.pth") for name in ("one", "two"))
+    a, b = (_segmentation.read_checkpoint(path)["state_dict"] for path in (a, b))
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-6)
+    two = results.read(record)
+    assert two.metrics.keys() == one.keys()
+    assert two.details.keys() == one.details.keys()
+    assert two.details["images"] == voc.images["val"]
+    assert (two.details["processes"], two.details["batch_per_process"]) == (2, 2)
+    assert (two.details["norm"], one.details["norm"]) == ("SyncBN", "BN")
+    assert (tmp_path / "sheet.png").exists()
+    assert not list(tmp_path.glob(".dist_test*"))  # MMEngine's exchange of pickles beside the user's files
+
+
+def test_a_run_has_its_own_folder(tmp_path, backbone, dataset):
     voc = dataset("voc12aug")
 
     def name(**changes):
-        inputs = _segmentation.inputs_of(backbone, voc, Config(**TINY | changes))
-        return _segmentation.fingerprint(inputs)
+        return run_folder(tmp_path, backbone, voc, Config(**TINY | changes)).name
 
     assert name() == name(workers=2) == name(checkpoint_every=5)
     assert len({name(), name(lr=0.02), name(seed=1), name(version=2)}) == 4
@@ -278,7 +406,7 @@ def test_a_run_has_its_own_folder(backbone, dataset):
 
 def test_two_runs_in_one_folder_are_refused(tmp_path, backbone, dataset):
     voc, config = dataset("voc12aug"), Config(**TINY)
-    folder = tmp_path / _segmentation.fingerprint(_segmentation.inputs_of(backbone, voc, config))
+    folder = run_folder(tmp_path, backbone, voc, config)
     hold = (
         "import sys; from simclr.results import locked\nwith locked(sys.argv[1]): print(flush=True); input()"
     )
@@ -291,18 +419,10 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, backbone, dataset):
     assert not list(folder.glob("*.pth"))
 
 
-def test_an_empty_note_of_the_last_checkpoint_counts_as_none(tmp_path):
-    assert _segmentation.latest_checkpoint(tmp_path) is None
-    (tmp_path / "last_checkpoint").write_text("")
-    assert _segmentation.latest_checkpoint(tmp_path) is None
-    (tmp_path / "last_checkpoint").write_text("/elsewhere/iter_2.pth")
-    assert _segmentation.latest_checkpoint(tmp_path) == tmp_path / "iter_2.pth"
-
-
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, backbone, dataset):
     with pytest.raises(BadInput, match=r"the loss is (nan|inf) in iteration \d; expected a finite number"):
         evaluate(backbone, dataset("voc12aug"), Config(**TINY | {"lr": 1e30}), tmp_path)
-    assert not list(tmp_path.rglob("iter_6.pth"))
+    assert not list(tmp_path.rglob("*.pth"))
 
 
 def test_classes_of_another_dataset_are_refused(tmp_path, backbone, dataset):
@@ -311,6 +431,6 @@ def test_classes_of_another_dataset_are_refused(tmp_path, backbone, dataset):
 
 
 def test_a_batch_that_cannot_be_dealt_is_refused(tmp_path, dataset, monkeypatch):
-    monkeypatch.setattr(_segmentation, "world_size", lambda: 4)
+    monkeypatch.setattr(_segmentation_config, "world_size", lambda: 4)
     with pytest.raises(BadInput, match="multiple of the 4 processes, found 6"):
-        _segmentation.settings(Config(batch_size=6), "resnet50", dataset("voc12aug"), tmp_path, "cuda")
+        _segmentation_config.settings(Config(batch_size=6), "resnet50", dataset("voc12aug"), tmp_path, "cuda")

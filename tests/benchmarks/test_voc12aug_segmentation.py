@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from mmengine.optim import PolyLR
+from mmengine.registry import DefaultScope
 from mmengine.structures import PixelData
-from mmseg.registry import MODELS
+from mmseg.registry import MODELS, TRANSFORMS
 from mmseg.structures import SegDataSample
 
-from simclr.benchmarks import _segmentation
+from simclr.benchmarks import _segmentation_config
 from simclr.benchmarks.voc12aug_segmentation import Config
 from simclr.checkpoint import layout
 from simclr.model import resnet
@@ -17,7 +20,7 @@ from simclr.model import resnet
 
 @pytest.fixture
 def built(dataset, tmp_path):
-    return _segmentation.settings(Config(), "resnet50", dataset("voc12aug"), tmp_path, "cpu")
+    return _segmentation_config.settings(Config(), "resnet50", dataset("voc12aug"), tmp_path, "cpu")
 
 
 def test_model(built):
@@ -44,8 +47,8 @@ def test_model(built):
 
 
 def test_norm_is_synchronised_over_gpus(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(_segmentation, "world_size", lambda: 4)
-    built = _segmentation.settings(Config(), "resnet50", dataset("voc12aug"), tmp_path, "cuda")
+    monkeypatch.setattr(_segmentation_config, "world_size", lambda: 4)
+    built = _segmentation_config.settings(Config(), "resnet50", dataset("voc12aug"), tmp_path, "cuda")
     parts = (built.model.backbone, built.model.decode_head, built.model.auxiliary_head)
     assert [part.norm_cfg.type for part in parts] == ["SyncBN"] * 3
     assert built.train_dataloader.batch_size == 4
@@ -54,7 +57,7 @@ def test_norm_is_synchronised_over_gpus(dataset, tmp_path, monkeypatch):
 
 def test_data(built, dataset):
     root = dataset("voc12aug").root / "VOC2012"
-    train, aug = built.train_dataloader.dataset.datasets
+    train, aug = built.train_dataloader.dataset.dataset.datasets
     lists = [
         (part.ann_file, part.data_prefix.img_path, part.data_prefix.seg_map_path)
         for part in (train, aug, built.test_dataloader.dataset)
@@ -67,8 +70,8 @@ def test_data(built, dataset):
     assert {part.data_root for part in (train, aug, built.test_dataloader.dataset)} == {str(root)}
     assert train.pipeline == aug.pipeline
     assert [dict(step) for step in train.pipeline] == [
-        {"type": "LoadImageFromFile"},
-        {"type": "LoadAnnotations"},
+        {"type": "LoadImage"},
+        {"type": "LoadMask", "classes": 21},
         {"type": "RandomResize", "scale": (2048, 512), "ratio_range": (0.5, 2.0), "keep_ratio": True},
         {"type": "RandomCrop", "crop_size": (512, 512), "cat_max_ratio": 0.75},
         {"type": "RandomFlip", "prob": 0.5},
@@ -76,12 +79,69 @@ def test_data(built, dataset):
         {"type": "PackSegInputs"},
     ]
     assert [dict(step) for step in built.test_dataloader.dataset.pipeline] == [
-        {"type": "LoadImageFromFile"},
+        {"type": "LoadImage"},
         {"type": "Resize", "scale": (2048, 512), "keep_ratio": True},
-        {"type": "LoadAnnotations"},
+        {"type": "LoadMask", "classes": 21},
         {"type": "PackSegInputs"},
     ]
     assert built.train_dataloader.batch_size == 16
+    assert built.test_dataloader.batch_size == 1
+    assert built.train_dataloader.sampler == {"type": "Draws"}
+    assert built.train_dataloader.dataset.seed == 0
+    # Every image is tested once, whatever the number of processes.
+    assert built.test_dataloader.sampler == {"type": "DefaultSampler", "shuffle": False, "round_up": False}
+
+
+def test_steps_as_they_are_built(built):
+    """What the config leaves to MMSegmentation's defaults is the protocol's, too."""
+    steps = {step.type: step for step in built.train_dataloader.dataset.dataset.datasets[0].pipeline}
+    built = {name: TRANSFORMS.build(step) for name, step in steps.items()}
+    assert built["LoadImage"].color_type == "color"  # BGR, upright
+    assert built["LoadImage"].imdecode_backend == "cv2"
+    distortion = built["PhotoMetricDistortion"]
+    assert (distortion.brightness_delta, distortion.hue_delta) == (32, 18)
+    assert (distortion.contrast_lower, distortion.contrast_upper) == (0.5, 1.5)
+    assert (distortion.saturation_lower, distortion.saturation_upper) == (0.5, 1.5)
+    assert built["RandomResize"].resize.interpolation == "bilinear"
+    assert built["RandomCrop"].ignore_index == 255
+    assert built["RandomFlip"].direction == "horizontal"
+
+
+def test_network_as_it_is_built(built):
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        model = MODELS.build(built.model)
+    decode, auxiliary = model.decode_head, model.auxiliary_head
+    assert [conv.conv.kernel_size for conv in (*decode.convs, decode.conv_cat)] == [(3, 3)] * 3
+    assert decode.conv_cat.conv.in_channels == 2048 + 512
+    assert [conv.conv.dilation for conv in (*decode.convs, *auxiliary.convs)] == [(1, 1)] * 3
+    assert [conv.conv.out_channels for conv in auxiliary.convs] == [256]
+    for head in (decode, auxiliary):
+        assert (head.conv_seg.out_channels, head.ignore_index) == (21, 255)
+        assert head.init_cfg == {"type": "Normal", "std": 0.01, "override": {"name": "conv_seg"}}
+    assert [block.conv2.dilation[0] for block in model.backbone.layer3] == [1, 2, 2, 2, 2, 2]
+    assert [block.conv2.dilation[0] for block in model.backbone.layer4] == [2, 4, 4]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_loss_is_the_mean_over_all_pixels_the_ignored_included(built):
+    head = MODELS.build(built.model.decode_head)
+    truth = torch.zeros((1, 2, 2), dtype=torch.long)
+    truth[0, 0] = 255
+    loss = head.loss_decode(torch.zeros(1, 21, 2, 2), truth, ignore_index=255)
+    assert float(loss) == pytest.approx(math.log(21) / 2)
+
+
+def test_nothing_is_downloaded(built):
+    def strings(value):
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list | tuple):
+            return [each for item in value for each in strings(item)]
+        return [value] if isinstance(value, str) else []
+
+    assert not [each for each in strings(built.to_dict()) if "://" in each or each.startswith("http")]
+    assert built.load_from is None
+    assert "init_cfg" not in built.model.backbone
 
 
 def test_small_crops_are_padded_after_normalisation(built):
@@ -106,13 +166,13 @@ def test_schedule(built):
     assert not built.optim_wrapper.get("clip_grad")
     assert "paramwise_cfg" not in built.optim_wrapper  # decay on BatchNorm and biases, one rate for all
     assert len(built.param_scheduler) == 1  # no warm-up
-    assert built.default_hooks.checkpoint.max_keep_ckpts == 2
+    assert built.default_hooks.checkpoint is None  # ours writes them
     assert built.val_cfg is None
 
 
 def test_learning_rate_follows_the_poly_policy(dataset, tmp_path):
     config = Config(iterations=50)
-    built = _segmentation.settings(config, "resnet50", dataset("voc12aug"), tmp_path, "cpu")
+    built = _segmentation_config.settings(config, "resnet50", dataset("voc12aug"), tmp_path, "cpu")
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
     options = {key: value for key, value in built.param_scheduler[0].items() if key != "type"}
     scheduler = PolyLR(optimizer, **options)
@@ -135,7 +195,7 @@ def test_the_network_is_the_simclr_backbone(built):
 
 def test_undilated_stages_compute_what_the_backbone_does(dataset, tmp_path):
     architecture = "resnet18_w0.125"
-    built = _segmentation.settings(Config(), architecture, dataset("voc12aug"), tmp_path, "cpu")
+    built = _segmentation_config.settings(Config(), architecture, dataset("voc12aug"), tmp_path, "cpu")
     network, ours = MODELS.build(built.model.backbone), resnet(architecture).eval()
     network.load_state_dict(ours.state_dict(), strict=True)
     network.eval()
