@@ -1,4 +1,4 @@
-"""What tests of trained classifiers and of segmentation share: a small backbone, predictions, their scores."""
+"""What tests of trained classifiers and of segmentation share: a small backbone; predictions and scores."""
 
 from __future__ import annotations
 

@@ -11,23 +11,29 @@ rule cityscapes_segmentation_record:
         backbone="<results>/{model}/backbone.safetensors",
         dataset="<results>/datasets/cityscapes.json",
     output:
-        record("cityscapes_segmentation"),
+        record=record("cityscapes_segmentation"),
+        picture=picture("cityscapes_segmentation", of="predictions"),
     log:
         "<results>/{model}/logs/cityscapes_segmentation.log",
     benchmark:
         "<results>/{model}/times/cityscapes_segmentation.tsv"
     conda:
         "../../envs/mmseg.yaml"
-    threads: cores
+    threads: lambda wildcards: 8 * dividing_gpus(wildcards, "cityscapes_segmentation") or 1
     resources:
-        gpu=gpu,
-        mem_mb=lambda wildcards, attempt: attempt * (3_000 + 32_000 * gpu(wildcards)),
+        gpu=lambda wildcards: dividing_gpus(wildcards, "cityscapes_segmentation"),
+        mem_mb=lambda wildcards, attempt: attempt
+        * (3_000 + 24_000 * dividing_gpus(wildcards, "cityscapes_segmentation")),
         runtime=lambda wildcards, attempt: attempt
-        * minutes(trained_on("cityscapes_segmentation"), per_second=10),
+        * minutes(
+            trained_on("cityscapes_segmentation"),
+            per_second=10 * max(1, dividing_gpus(wildcards, "cityscapes_segmentation")),
+        ),
     params:
         config=benchmark_block("cityscapes_segmentation"),
         work=work_folder("cityscapes_segmentation"),
+        python=launcher,
     shell:
-        "python -m simclr cityscapes_segmentation --model {wildcards.model} --backbone {input.backbone}"
-        " --dataset {input.dataset} --config {params.config:q} --work {params.work:q} --output {output}"
-        " > {log} 2>&1"
+        "{params.python} -m simclr cityscapes_segmentation --model {wildcards.model} --backbone {input.backbone}"
+        " --dataset {input.dataset} --config {params.config:q} --work {params.work:q}"
+        " --picture {output.picture} --output {output.record} > {log} 2>&1"

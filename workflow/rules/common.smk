@@ -124,9 +124,9 @@ def record(name):
     return reported(name, f"<results>/{{model}}/{name}.json", "record")
 
 
-def picture(name):
-    """Return the output that shows the learning curves of a step."""
-    return reported(name, f"<results>/{{model}}/{name}.png", "learning curves")
+def picture(name, of="learning curves"):
+    """Return the output that is the picture of a step."""
+    return reported(name, f"<results>/{{model}}/{name}.png", of)
 
 
 def best_layer(wildcards):
@@ -158,6 +158,14 @@ def gpu(wildcards):
 def node_gpus(wildcards):
     """Return the GPUs of a job that divides its work over those of one node."""
     return gpus(wildcards) // nodes(wildcards)
+
+
+def dividing_gpus(wildcards, name):
+    """Return the GPUs of one node, as many of the model's as divide the benchmark's batch evenly."""
+    most = node_gpus(wildcards)
+    return max(
+        (n for n in range(1, most + 1) if getattr(CONFIG.benchmarks, name).batch_size % n == 0), default=0
+    )
 
 
 def feature_gpus(wildcards):

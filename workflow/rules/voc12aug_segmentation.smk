@@ -11,23 +11,29 @@ rule voc12aug_segmentation_record:
         backbone="<results>/{model}/backbone.safetensors",
         dataset="<results>/datasets/voc12aug.json",
     output:
-        record("voc12aug_segmentation"),
+        record=record("voc12aug_segmentation"),
+        picture=picture("voc12aug_segmentation", of="predictions"),
     log:
         "<results>/{model}/logs/voc12aug_segmentation.log",
     benchmark:
         "<results>/{model}/times/voc12aug_segmentation.tsv"
     conda:
         "../../envs/mmseg.yaml"
-    threads: cores
+    threads: lambda wildcards: 8 * dividing_gpus(wildcards, "voc12aug_segmentation") or 1
     resources:
-        gpu=gpu,
-        mem_mb=lambda wildcards, attempt: attempt * (3_000 + 32_000 * gpu(wildcards)),
+        gpu=lambda wildcards: dividing_gpus(wildcards, "voc12aug_segmentation"),
+        mem_mb=lambda wildcards, attempt: attempt
+        * (3_000 + 24_000 * dividing_gpus(wildcards, "voc12aug_segmentation")),
         runtime=lambda wildcards, attempt: attempt
-        * minutes(trained_on("voc12aug_segmentation"), per_second=20),
+        * minutes(
+            trained_on("voc12aug_segmentation"),
+            per_second=20 * max(1, dividing_gpus(wildcards, "voc12aug_segmentation")),
+        ),
     params:
         config=benchmark_block("voc12aug_segmentation"),
         work=work_folder("voc12aug_segmentation"),
+        python=launcher,
     shell:
-        "python -m simclr voc12aug_segmentation --model {wildcards.model} --backbone {input.backbone}"
-        " --dataset {input.dataset} --config {params.config:q} --work {params.work:q} --output {output}"
-        " > {log} 2>&1"
+        "{params.python} -m simclr voc12aug_segmentation --model {wildcards.model} --backbone {input.backbone}"
+        " --dataset {input.dataset} --config {params.config:q} --work {params.work:q}"
+        " --picture {output.picture} --output {output.record} > {log} 2>&1"
