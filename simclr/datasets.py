@@ -457,6 +457,12 @@ def _voc0712(dataset: Dataset, split: str) -> Listing:
     paths = _voc_images(dataset.root, year, ids)
     categories = {name: number for number, name in enumerate(dataset.class_names)}
     annotations = dataset.root / year / "Annotations"
+    listing = dataset.root / year / f"ImageSets/Main/{listed}.txt"
+    for each in ids:
+        if not (annotations / f"{each}.xml").is_file():
+            raise BadInput(
+                f"{listing}: it names {each}, but {annotations / each}.xml was not found; unpack both again"
+            )
     boxes = [
         {"file_name": str(path), "image_id": each, **_voc_objects(annotations / f"{each}.xml", categories)}
         for each, path in zip(ids, paths, strict=True)
@@ -466,14 +472,33 @@ def _voc0712(dataset: Dataset, split: str) -> Listing:
 
 def _voc_objects(path: Path, categories: dict[str, int]) -> dict[str, Any]:
     try:
-        tree = ET.parse(_need(path, "voc0712")).getroot()
+        tree = ET.parse(path).getroot()
         size = {key: int(tree.findtext(f"size/{key}")) for key in ("height", "width")}
-        return {**size, "annotations": [_voc_object(each, categories) for each in tree.iterfind("object")]}
+        objects = [_voc_object(each, categories) for each in tree.iterfind("object")]
     except (ET.ParseError, TypeError, ValueError, KeyError) as error:
         raise BadInput(
             f"{path}: expected a VOC annotation with size and objects of the classes "
             f"{', '.join(categories)}; found {type(error).__name__}: {error}; unpack Annotations again"
         ) from error
+    for each in objects:
+        _check_box(each["bbox"], size["width"], size["height"], f"{path}: an object")
+    return {**size, "annotations": objects}
+
+
+def _check_box(box: list[float], width: int, height: int, what: str) -> None:
+    """Raise `BadInput` for a box without area, or that leaves the image by more than a pixel.
+
+    A pixel is left to roundings: the published boxes are drawn within the images.
+    """
+    x0, y0, x1, y1 = box
+    said = f"x {x0:g} to {x1:g}, y {y0:g} to {y1:g}"
+    if not (x0 < x1 and y0 < y1):
+        raise BadInput(f"{what} has a box without area ({said}); unpack the annotations again")
+    if not (x0 >= -1 and y0 >= -1 and x1 <= width + 1 and y1 <= height + 1):
+        raise BadInput(
+            f"{what} has a box ({said}) outside its image of {width} × {height} pixels; unpack the "
+            "annotations again"
+        )
 
 
 def _voc_object(element: ET.Element, categories: dict[str, int]) -> dict[str, Any]:
@@ -510,16 +535,26 @@ def _coco_classes(root: Path) -> list[str]:
     return [category["name"] for category in _coco_categories(root)]
 
 
+# The two annotations of the published train2017 whose boxes have no height (cocodataset/cocoapi, issue 355).
+COCO_FLAT = {918, 2206849}
+
+
 def _coco2017(dataset: Dataset, split: str) -> Listing:
     path = _coco_file(dataset.root, split)
     content = _read_json(path, dataset.name)
     ids = sorted(category["id"] for category in content["categories"])
     categories = {each: number for number, each in enumerate(ids)}
     images = sorted(content["images"], key=lambda image: image["id"])
-    objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in images}
+    sizes = {image["id"]: (image["width"], image["height"]) for image in images}
+    objects: dict[int, list[dict[str, Any]]] = {each: [] for each in sizes}
     for annotation in content["annotations"]:
         try:
-            objects[annotation["image_id"]].append(_coco_object(annotation, categories))
+            found = _coco_object(annotation, categories)
+            if annotation["id"] in COCO_FLAT and annotation["bbox"][3] == 0:
+                continue
+            where = f"{path}: annotation {annotation['id']}"
+            _check_box(found["bbox"], *sizes[annotation["image_id"]], where)
+            objects[annotation["image_id"]].append(found)
         except KeyError as error:
             raise BadInput(
                 f"{path}: annotation {annotation.get('id')} names {error}, which the file does not have; "

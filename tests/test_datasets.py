@@ -400,8 +400,14 @@ def test_voc_annotations_that_do_not_fit(copied, tmp_path):
     width = ET.fromstring(text).findtext("size/width")
     annotation.write_text(text.replace(f"<width>{width}</width>", "<width>500</width>"))
     refused("voc0712", values, tmp_path, annotation.stem, "expected 500 ×", f"found {width} ×")
+    left, right = (ET.fromstring(text).findtext(f"object/bndbox/{key}") for key in ("xmin", "xmax"))
+    annotation.write_text(text.replace(f"<xmax>{right}</xmax>", f"<xmax>{int(width) + 2}</xmax>", 1))
+    refused("voc0712", values, tmp_path, annotation, "outside its image", f"of {width} ×")
+    annotation.write_text(text.replace(f"<xmax>{right}</xmax>", f"<xmax>{int(left) - 1}</xmax>", 1))
+    refused("voc0712", values, tmp_path, annotation, "box without area")
     annotation.unlink()
-    refused("voc0712", values, tmp_path, annotation, "not found")
+    listed = root / "VOC2012/ImageSets/Main/trainval.txt"
+    refused("voc0712", values, tmp_path, listed, f"names {ids[0]}", f"{annotation} was not found")
 
 
 def test_masks_that_do_not_fit(copied, tmp_path):
@@ -458,6 +464,17 @@ def test_coco_files_that_do_not_fit(copied, tmp_path):
     content["annotations"][0]["category_id"] = 3
     path.write_text(json.dumps(content))
     refused("coco2017", values, tmp_path, path, "annotation", "3")
+    content = json.loads(text)
+    box = content["annotations"][0]["bbox"]
+    for wrong, word in (
+        ([box[0], box[1], box[2], 0.0], "annotation 1 has a box without area"),
+        ([box[0], box[1], float("nan"), box[3]], "annotation 1 has a box without area"),
+        ([-1.5, *box[1:]], "outside its image"),
+        ([*box[:3], 1000.0], "annotation 1 has a box (x"),
+    ):
+        content["annotations"][0].update(bbox=wrong, id=1)
+        path.write_text(json.dumps(content))
+        refused("coco2017", values, tmp_path, path, word, "unpack")
     path.write_text(text[:-100])
     refused("coco2017", values, tmp_path, path, "not valid JSON")
     path.write_text(json.dumps({"images": [], "annotations": []}))
@@ -467,6 +484,21 @@ def test_coco_files_that_do_not_fit(copied, tmp_path):
     gone = first(root / "train2017", "*.jpg")
     gone.unlink()
     refused("coco2017", values, tmp_path, gone, "no such file")
+
+
+def test_the_two_flat_boxes_of_the_published_coco_are_left_out(copied, tmp_path):
+    root, values = copied("coco", "coco2017")
+    path = root / "annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    image = content["annotations"][0]["image_id"]
+    count = sum(each["image_id"] == image for each in content["annotations"])
+    for number in (918, 2206849):
+        content["annotations"].append({**content["annotations"][0], "id": number, "bbox": [5, 5, 9, 0.0]})
+    path.write_text(json.dumps(content))
+    datasets.verify("coco2017", values, tmp_path / "coco2017.json")
+    opened = datasets.Dataset.open(tmp_path / "coco2017.json")
+    entries = {entry["image_id"]: entry for entry in datasets.detection(opened, "train2017")}
+    assert len(entries[image]["annotations"]) == count
 
 
 def test_places_lists_that_do_not_fit(copied, tmp_path):
