@@ -2,7 +2,7 @@
 
 An engine trains a detector and detects; it computes no metric, so both are measured by the same code here.
 It reads a spec (JSON: protocol, masks, classes, backbone, architecture, train and test lists, folder, seed)
-and writes a result (JSON: engine, software, load report, seconds per iteration, losses, detections):
+and writes a result (JSON: engine, software, load report, usage, losses, detections):
 
     python -m simclr.benchmarks._detection_detectron2 SPEC RESULT
 
@@ -14,21 +14,22 @@ visible GPU. A list holds one image per line, as JSON in Detectron2's layout. A 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from simclr import BadInput
-from simclr.results import locked, replacing
+from simclr.results import locked, replacing, workplace
 
 if TYPE_CHECKING:
     from simclr.benchmarks.voc0712_detection import Config
@@ -40,31 +41,47 @@ Json = dict[str, Any]
 IOU_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
 # What may change without another training.
 FREE_KEYS = {"trials", "seed", "checkpoint_every"}
+REFUSAL = "refused.txt"  # of an engine, beside where its result would be
+
+
+# What a run with another number of images per iteration has by the linear rule.
+SCHEDULE = ("batch_size", "lr", "iterations", "steps", "warmup_iterations")
 
 
 def evaluate(
-    backbone: Backbone, dataset: Dataset, config: Config, work: Path, measure: Callable[..., dict[str, float]]
+    backbone: Backbone,
+    dataset: Dataset,
+    config: Config,
+    work: Path,
+    measure: Callable[..., dict[str, float]],
+    picture: Path | None = None,
 ) -> Metrics:
     """Train and test `config.trials` detectors in `work`; return the mean of what `measure` finds, percent.
 
-    `measure(test images, detections, class names)` is `voc_metrics` or `coco_metrics`.
+    `measure(test images, detections, class names)` is `voc_metrics` or `coco_metrics`. `picture` is a PNG
+    file of some test images with what was detected in the first trial.
     """
     from simclr import datasets
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BadInput("detection starts one process per visible GPU itself: call it once, without torchrun")
-    folder = _folder(Path(work), backbone, dataset, config)
     truth = datasets.detection(dataset, config.test_split)
-    with locked(folder):
+    with workplace(work, identity(backbone, dataset, config)) as folder:
         spec = _prepare(folder, backbone, dataset, config, truth)
         results = [_trial({**spec, "seed": config.seed + i}, folder) for i in range(config.trials)]
     values = [_measured(measure, truth, result["detections"], dataset.class_names) for result in results]
-    picture = folder / "detections.png"
-    draw(truth, results[0]["detections"], dataset.class_names, picture)
-    return _summary(values, results, picture)
+    if picture is not None:
+        draw(truth, results[0]["detections"], dataset.class_names, picture)
+    metrics = _summary(values, results)
+    metrics.details |= {
+        "variant": config.variant,
+        "schedule": {key: spec["protocol"][key] for key in SCHEDULE},
+        "absent_classes": absent_classes(truth, dataset.class_names),
+    }
+    return metrics
 
 
-def _summary(values: list[dict[str, float]], results: list[Json], picture: Path) -> Metrics:
+def _summary(values: list[dict[str, float]], results: list[Json]) -> Metrics:
     from simclr.protocol import Metrics
 
     table = {key: np.array([value[key] for value in values]) for key in values[0]}
@@ -75,26 +92,35 @@ def _summary(values: list[dict[str, float]], results: list[Json], picture: Path)
         trials={key: len(column) for key, column in table.items()} if several else {},
         details={
             **{key: results[0][key] for key in ("engine", "software", "load")},
-            "seconds_per_iteration": results[0]["seconds_per_iteration"],
+            **total([result["usage"] for result in results]),
             "last_losses": results[0]["losses"],
             "trials": values,
-            "picture": os.path.relpath(picture),
         },
     )
+
+
+def total(usages: list[Json]) -> Json:
+    """Return what all trials took together: the usual seconds per iteration, most memory, all GPU-hours."""
+    gpu_seconds = sum(each["processes"] * each["seconds"] for each in usages if each["gpu"])
+    return {
+        "processes": usages[0]["processes"],
+        "gpu": usages[0]["gpu"],
+        "seconds_per_iteration": float(np.median([each["seconds_per_iteration"] for each in usages])),
+        "peak_memory_gb": max(each["peak_memory_gb"] for each in usages),
+        "gpu_hours": gpu_seconds / 3600,
+    }
 
 
 # ---------------------------------------------------------------- the work folder
 
 
-def _folder(work: Path, backbone: Backbone, dataset: Dataset, config: Config) -> Path:
-    """Return the folder under `work` of exactly this backbone, dataset and protocol."""
-    identity = {
+def identity(backbone: Backbone, dataset: Dataset, config: Config) -> Json:
+    """Return all that the result of a run depends on; a run of another has a folder of its own."""
+    return {
         "protocol": config.model_dump(mode="json", exclude=FREE_KEYS),
         "checkpoint_sha256": backbone.checkpoint_sha256,
         "manifest_sha256": dataset.dataset.manifest_sha256,
     }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return work / digest[:12]
 
 
 def _prepare(folder: Path, backbone: Backbone, dataset: Dataset, config: Config, truth: list[Json]) -> Json:
@@ -103,7 +129,7 @@ def _prepare(folder: Path, backbone: Backbone, dataset: Dataset, config: Config,
 
     lists = {"train": folder / "train.jsonl", "test": folder / "test.jsonl"}
     images = (image for split in config.train_splits for image in datasets.detection(dataset, split))
-    train = training_images(images, config.masks)
+    train = training_images(images, config.masks, config.train_difficult)
     if not train:
         raise BadInput(f"{dataset.name}: no training image has an object; nothing can be learned")
     write_lines(lists["train"], train)
@@ -112,7 +138,7 @@ def _prepare(folder: Path, backbone: Backbone, dataset: Dataset, config: Config,
     write_lines(lists["test"], ({**_file(image), **{key: image[key] for key in keys}} for image in truth))
     return {
         "engine": config.engine,
-        "protocol": config.model_dump(mode="json"),
+        "protocol": scaled(config.model_dump(mode="json")),
         "masks": config.masks,
         "classes": dataset.classes,
         "backbone": str(backbone.path.resolve()),
@@ -121,16 +147,35 @@ def _prepare(folder: Path, backbone: Backbone, dataset: Dataset, config: Config,
     }
 
 
-def training_images(images: Iterable[Json], masks: bool) -> list[Json]:
+def scaled(protocol: Json) -> Json:
+    """Return the protocol with the schedule that `images_per_iteration` asks for, which then is `batch_size`.
+
+    The linear rule of Goyal et al. 2017 ("Accurate, Large Minibatch SGD", section 2.1), rounded as by
+    Detectron2's auto_scale_workers.
+    """
+    images = protocol["images_per_iteration"] or protocol["batch_size"]
+    ratio = images / protocol["batch_size"]
+    return {
+        **protocol,
+        "batch_size": images,
+        "images_per_iteration": None,
+        "lr": protocol["lr"] * ratio,
+        "iterations": max(round(protocol["iterations"] / ratio), 1),
+        "steps": [round(step / ratio) for step in protocol["steps"]],
+        "warmup_iterations": round(protocol["warmup_iterations"] / ratio),
+    }
+
+
+def training_images(images: Iterable[Json], masks: bool, difficult: bool = True) -> list[Json]:
     """Return the images that have objects, with their usable objects: no crowds, with masks only polygons.
 
-    Difficult objects stay (Detectron2, pascal_voc.py). A polygon needs three points; an object without any
-    such polygon is left out (Detectron2, coco.py).
+    Difficult objects stay (Detectron2, pascal_voc.py) unless `difficult` is False. A polygon needs three
+    points; an object without any such polygon is left out (Detectron2, coco.py).
     """
     kept = []
     for image in images:
-        objects = [_usable(each, masks, image) for each in image["annotations"] if not each["iscrowd"]]
-        objects = [each for each in objects if each]
+        wanted = (e for e in image["annotations"] if not e["iscrowd"] and (difficult or not e["difficult"]))
+        objects = [usable for each in wanted if (usable := _usable(each, masks, image))]
         if objects:
             kept.append({**image, **_file(image), "annotations": objects})
     return kept
@@ -181,6 +226,7 @@ def _trial(spec: Json, folder: Path) -> Json:
 
 def _run(engine: str, spec: Path, result: Path) -> None:
     """Run an engine on a spec file; raises `BadInput` with the engine's sentence when it refuses the spec."""
+    result.with_name(REFUSAL).unlink(missing_ok=True)
     module = f"simclr.benchmarks._detection_{engine}"
     command = _detectron2_command() if engine == "detectron2" else _torchvision_command()
     if command is None:
@@ -190,11 +236,9 @@ def _run(engine: str, spec: Path, result: Path) -> None:
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         command = [*command, "-m", module, str(spec), str(result)]
         status = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
-    refusal = result.with_name("refused.txt")
+    refusal = result.with_name(REFUSAL)
     if refusal.is_file():
-        sentence = refusal.read_text()
-        refusal.unlink()
-        raise BadInput(sentence)
+        raise BadInput(refusal.read_text())
     if status != 0:
         raise RuntimeError(f"the {engine} engine ended with status {status}; its own messages stand above")
 
@@ -205,6 +249,11 @@ def _detectron2_command() -> list[str]:
         raise BadInput(
             "engine: detectron2 is not installed here: create the environment envs/detectron2.yaml and run "
             "in it, or name its Python in SIMCLR_DETECTRON2_PYTHON, or set engine: torchvision"
+        )
+    if python is not None and shutil.which(python) is None:
+        raise BadInput(
+            f"SIMCLR_DETECTRON2_PYTHON: expected the Python of an environment with Detectron2, found no "
+            f"program {python}; correct the path, or set engine: torchvision"
         )
     return [python or sys.executable]
 
@@ -226,16 +275,58 @@ def main(run: Callable[[Json], Json | None], arguments: list[str]) -> int:
     spec, result = map(Path, arguments)
     try:
         # The caller holds the folder above; an engine that outlives a killed caller still holds its own.
-        with locked(spec.parent):
+        with refusing(result.parent), locked(spec.parent):
             outcome = run(json.loads(spec.read_text()))
-    except BadInput as error:
-        with replacing(result.with_name("refused.txt")) as part:
-            part.write_text(str(error))
+    except BadInput:
         return 2
     if outcome is not None:
         with replacing(result) as part:
             part.write_text(json.dumps(outcome, allow_nan=False))
     return 0
+
+
+@contextlib.contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    """Leave the sentence of a `BadInput` in `folder`, for the process that started this one."""
+    try:
+        yield
+    except BadInput as error:
+        with replacing(folder / REFUSAL) as part:
+            part.write_text(str(error))
+        raise
+
+
+class Clock:
+    """Seconds of a training, those before it was resumed included: a part of its checkpoints."""
+
+    def __init__(self) -> None:
+        self.before, self.began = 0.0, time.monotonic()
+
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.began
+
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.seconds()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.before, self.began = state["seconds"], time.monotonic()
+
+
+def usage(clock: Clock, seconds_per_iteration: float, processes: int) -> Json:
+    """Return what a training took: `seconds` by the clock, what was lost to kills left out; memory of a GPU,
+    or of the CPU.
+    """
+    import torch
+
+    from simclr.training_log import peak_memory_gb
+
+    return {
+        "processes": processes,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "seconds": clock.seconds(),
+        "seconds_per_iteration": seconds_per_iteration,
+        "peak_memory_gb": peak_memory_gb(),
+    }
 
 
 def load_report(found: dict[str, Any], expected: dict[str, Any], engine: str) -> Json:
@@ -283,6 +374,12 @@ def _measured(
             "AP; train for more iterations or with another lr"
         )
     return measure(truth, detections, classes)
+
+
+def absent_classes(truth: list[Json], classes: list[str]) -> list[str]:
+    """Return the classes without an object that is no crowd: COCO's means leave them out, VOC has none."""
+    present = {each["category_id"] for i in truth for each in i["annotations"] if not each["iscrowd"]}
+    return [name for index, name in enumerate(classes) if index not in present]
 
 
 def voc_metrics(truth: list[Json], detections: list[Json], classes: list[str]) -> dict[str, float]:
@@ -435,6 +532,8 @@ def _area(box: list[float]) -> float:
 
 # ---------------------------------------------------------------- the picture
 
+TILE = 320  # pixels of the longer edge
+
 
 def draw(
     truth: list[Json],
@@ -444,26 +543,60 @@ def draw(
     images: int = 6,
     least: float = 0.3,
 ) -> None:
-    """Draw the first test images with their objects (white) and the detections of score `least` and more."""
-    from PIL import Image, ImageDraw
+    """Draw test images, evenly spaced in their list: the objects left, the detections right of them.
+
+    Only detections of score `least` and more are drawn, the surest last. Masks are tinted; a class has one
+    colour.
+    """
+    from PIL import Image
 
     from simclr.datasets import decode
 
-    edge, columns = 320, 3
-    sheet = Image.new("RGB", (edge * columns, edge * -(-min(images, len(truth)) // columns)))
-    for i, image in enumerate(truth[:images]):
-        tile = decode(Path(image["file_name"]), (image["width"], image["height"]))
-        scale = edge / max(tile.size)
-        tile = tile.resize([max(round(side * scale), 1) for side in tile.size])
-        pen = ImageDraw.Draw(tile)
-        for each in image["annotations"]:
-            pen.rectangle([scale * value for value in each["bbox"]], outline="white")
-        for each in detections:
-            if each["image_id"] == image["image_id"] and each["score"] >= least:
-                colour = f"hsl({360 * each['category_id'] // len(classes)}, 90%, 60%)"
-                box = [scale * value for value in each["bbox"]]
-                pen.rectangle(box, outline=colour, width=2)
-                pen.text(box[:2], f"{classes[each['category_id']]} {each['score']:.2f}", fill=colour)
-        sheet.paste(tile, (i % columns * edge, i // columns * edge))
+    chosen = [truth[i] for i in sorted(set(np.linspace(0, len(truth) - 1, images).round().astype(int)))]
+    ids = {image["image_id"] for image in chosen}
+    sure = [each for each in detections if each["image_id"] in ids and each["score"] >= least]
+    sheet = Image.new("RGB", (4 * TILE, -(-len(chosen) // 2) * TILE))
+    for i, image in enumerate(chosen):
+        photo = decode(Path(image["file_name"]), (image["width"], image["height"]))
+        found = [each for each in sure if each["image_id"] == image["image_id"]]
+        found.sort(key=lambda each: each["score"])
+        for side, objects in enumerate((image["annotations"], found)):
+            tile = _tile(photo, objects, classes)
+            sheet.paste(tile, ((2 * (i % 2) + side) * TILE, i // 2 * TILE))
     with replacing(path) as part:
         sheet.save(part, format="PNG")
+
+
+def _tile(photo: Any, objects: list[Json], classes: list[str]) -> Any:
+    """Return `photo` with the masks, boxes and names of `objects`, its longer edge `TILE` pixels."""
+    from PIL import Image, ImageColor, ImageDraw
+
+    colours = [
+        ImageColor.getrgb(f"hsl({360 * each['category_id'] // len(classes)}, 90%, 60%)") for each in objects
+    ]
+    photo = photo.copy()
+    for each, colour in zip(objects, colours, strict=True):
+        if each.get("segmentation"):
+            mask = 0.5 * _mask(each["segmentation"], photo.height, photo.width)[..., None]
+            tinted = np.asarray(photo) * (1 - mask) + np.array(colour) * mask
+            photo = Image.fromarray(tinted.astype(np.uint8))
+    scale = TILE / max(photo.size)
+    tile = photo.resize([max(round(side * scale), 1) for side in photo.size])
+    pen = ImageDraw.Draw(tile)
+    for each, colour in zip(objects, colours, strict=True):
+        box = [scale * value for value in each["bbox"]]
+        score = f" {each['score']:.2f}" if "score" in each else ""
+        pen.rectangle(box, outline=colour, width=2)
+        pen.text((box[0] + 3, box[1] + 1), classes[each["category_id"]] + score, fill=colour)
+    return tile
+
+
+def _mask(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """Return the mask `(height, width)` of polygons or of an RLE, 0 or 1."""
+    from pycocotools import mask as coco
+
+    if isinstance(segmentation, list):
+        segmentation = coco.merge(coco.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        segmentation = coco.frPyObjects(segmentation, height, width)
+    return coco.decode(segmentation)

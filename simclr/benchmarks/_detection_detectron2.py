@@ -1,10 +1,9 @@
 """The Detectron2 engine: `python -m simclr.benchmarks._detection_detectron2 SPEC RESULT` (see `_detection`).
 
 The published configs are written out here, so that Detectron2's model zoo, and the setuptools that it needs,
-stay out. Datasets are registered from the spec's lists, without Detectron2's environment variable. Works with
-Detectron2 0.6 and later. Differences to its defaults that cost points when forgotten: RGB images divided by
-the standard deviation, the stride in the 3×3 convolution, no frozen stage, the extra norm after res5,
-Precise-BN.
+stay out. Datasets are registered from the spec's lists, without Detectron2's environment variable.
+Differences to its defaults that cost points when forgotten: RGB images divided by the standard deviation,
+the stride in the 3×3 convolution, no frozen stage, the extra norm after res5, Precise-BN.
 """
 
 from __future__ import annotations
@@ -17,21 +16,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from simclr import BadInput
 from simclr.benchmarks import _detection
 
 Json = dict[str, Any]
+# The last release, and what its source has called itself ever since.
+VERSIONS = ("0.6",)
 TRAIN, TEST = "simclr_train", "simclr_test"
-# Detectron2 0.6 uses names that numpy 1.24 dropped.
+# Detectron2 0.6 uses names that numpy 1.24 and Pillow 10 dropped.
 for _name, _type in {"bool": bool, "int": int, "float": float, "object": object, "str": str}.items():
     if _name not in vars(np):
         setattr(np, _name, _type)
+if not hasattr(Image, "LINEAR"):
+    Image.LINEAR = Image.Resampling.BILINEAR
 
 
 def run(spec: Json) -> Json:
     """Train on all visible GPUs, or on the CPU, and detect; return the result."""
     import torch
+
+    known()
     from detectron2.engine import launch
 
     processes = max(torch.cuda.device_count(), 1)
@@ -39,6 +45,22 @@ def run(spec: Json) -> Json:
     refuse(spec["architecture"], spec["protocol"]["detector"])
     launch(worker, processes, dist_url="auto", args=(spec,))
     return json.loads((Path(spec["folder"]) / "detected.json").read_text())
+
+
+def known() -> None:
+    """Raise `BadInput` unless Detectron2 is installed, in a version with which this engine was run."""
+    try:
+        import detectron2
+    except ModuleNotFoundError as error:
+        raise BadInput(
+            f"engine: {sys.executable} has no Detectron2 ({error}): create the environment "
+            "envs/detectron2.yaml and name its Python in SIMCLR_DETECTRON2_PYTHON, or set engine: torchvision"
+        ) from error
+    if detectron2.__version__ not in VERSIONS:
+        raise BadInput(
+            f"engine: expected Detectron2 {' or '.join(VERSIONS)}, found {detectron2.__version__}, of which "
+            "nothing is known here; install that of envs/detectron2.yaml, or set engine: torchvision"
+        )
 
 
 def refuse(architecture: str, detector: str) -> None:
@@ -62,6 +84,16 @@ def refuse(architecture: str, detector: str) -> None:
 
 def worker(spec: Json) -> None:
     """Do the work of one process; the first one writes `detected.json` in the spec's folder."""
+    folder = Path(spec["folder"])
+    with _detection.refusing(folder):  # a process that `launch` spawned cannot raise it to its parent
+        try:
+            _work(spec, folder)
+        except FloatingPointError as error:
+            said = str(error).splitlines()[0]
+            raise BadInput(f"training diverged: {said}; lower lr or warm up longer") from error
+
+
+def _work(spec: Json, folder: Path) -> None:
     from detectron2.data import build_detection_test_loader
     from detectron2.evaluation import inference_on_dataset
     from detectron2.utils import comm
@@ -70,15 +102,15 @@ def worker(spec: Json) -> None:
     register(spec)
     cfg = configure(spec)
     seed_all_rng(cfg.SEED + comm.get_rank())
-    folder = Path(spec["folder"])
-    trainer = make_trainer(cfg)
+    trainer, clock = make_trainer(cfg), _detection.Clock()
+    trainer.checkpointer.add_checkpointable("clock", clock)
     load = load_backbone(trainer.model, spec)
     trainer.resume_or_load(resume=True)
     trained = folder / "trained.json"
     if not trained.is_file():
         trainer.train()
         if comm.is_main_process():
-            _write(trained, training_report(trainer))
+            _write(trained, training_report(trainer, clock))
     comm.synchronize()
     model = getattr(trainer.model, "module", trainer.model)
     found = inference_on_dataset(model, build_detection_test_loader(cfg, TEST), make_collector())
@@ -142,6 +174,8 @@ def configure(spec: Json, device: str | None = None) -> Any:
     (_c4 if protocol["detector"] == "c4" else _fpn)(cfg.MODEL, protocol)
     cfg.MODEL.MASK_ON = spec["masks"]
     cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if cfg.MODEL.DEVICE == "cpu":
+        cfg.DATALOADER.NUM_WORKERS = 0  # they would only compete with the training
     cfg.MODEL.WEIGHTS = ""  # `load_backbone` sets and checks them
     cfg.OUTPUT_DIR = spec["folder"]
     cfg.SEED = spec["seed"]
@@ -158,7 +192,7 @@ def _solver(cfg: Any, protocol: Json) -> None:
     cfg.SOLVER.WARMUP_FACTOR = protocol["warmup_factor"]
     cfg.SOLVER.MOMENTUM = protocol["momentum"]
     cfg.SOLVER.WEIGHT_DECAY = protocol["weight_decay"]
-    cfg.SOLVER.WEIGHT_DECAY_NORM = 0.0
+    cfg.SOLVER.WEIGHT_DECAY_NORM = protocol["norm_weight_decay"]
     cfg.SOLVER.CHECKPOINT_PERIOD = protocol["checkpoint_every"]
     cfg.TEST.EVAL_PERIOD = 0
     cfg.TEST.DETECTIONS_PER_IMAGE = protocol["detections"]
@@ -176,7 +210,8 @@ def _input(cfg: Any, protocol: Json) -> None:
     cfg.INPUT.MIN_SIZE_TRAIN = tuple(protocol["train_edges"])
     cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING = "choice"
     cfg.INPUT.MIN_SIZE_TEST = protocol["test_edge"]
-    cfg.INPUT.MAX_SIZE_TRAIN = cfg.INPUT.MAX_SIZE_TEST = protocol["max_edge"]
+    cfg.INPUT.MAX_SIZE_TRAIN = protocol["train_max_edge"] or protocol["max_edge"]
+    cfg.INPUT.MAX_SIZE_TEST = protocol["max_edge"]
 
 
 def _backbone(model: Any, architecture: str) -> None:
@@ -194,6 +229,7 @@ def _backbone(model: Any, architecture: str) -> None:
 
 def _heads(model: Any, protocol: Json, classes: int) -> None:
     model.ANCHOR_GENERATOR.ASPECT_RATIOS = [[0.5, 1.0, 2.0]]
+    model.RPN.BOUNDARY_THRESH = -1 if protocol["border_anchors"] else 0
     model.RPN.BATCH_SIZE_PER_IMAGE = protocol["rpn_batch"]
     model.RPN.PRE_NMS_TOPK_TRAIN, model.RPN.PRE_NMS_TOPK_TEST = protocol["rpn_pre_nms"]
     model.RPN.POST_NMS_TOPK_TRAIN, model.RPN.POST_NMS_TOPK_TEST = protocol["rpn_post_nms"]
@@ -225,6 +261,10 @@ def _fpn(model: Any, protocol: Json) -> None:
     model.ROI_HEADS.NAME = "StandardROIHeads"
     model.ROI_HEADS.IN_FEATURES = ["p2", "p3", "p4", "p5"]
     model.ROI_BOX_HEAD.NAME, model.ROI_BOX_HEAD.NUM_FC = "FastRCNNConvFCHead", 2
+    if protocol["box_head"] == "4conv1fc":
+        model.ROI_BOX_HEAD.NUM_CONV, model.ROI_BOX_HEAD.NUM_FC = 4, 1
+        model.ROI_BOX_HEAD.CONV_DIM = protocol["head_channels"]
+        model.ROI_BOX_HEAD.NORM = model.ROI_MASK_HEAD.NORM = "SyncBN"
     model.ROI_BOX_HEAD.FC_DIM, model.ROI_BOX_HEAD.POOLER_RESOLUTION = protocol["fc_channels"], 7
     model.ROI_MASK_HEAD.NUM_CONV = 4
 
@@ -290,11 +330,14 @@ def make_trainer(cfg: Any) -> Any:
     return Trainer(cfg)
 
 
-def training_report(trainer: Any) -> Json:
-    """Return the seconds per iteration and the last losses."""
+def training_report(trainer: Any, clock: _detection.Clock) -> Json:
+    """Return what the training took, and the last losses."""
+    from detectron2.utils import comm
+
     latest = trainer.storage.latest()
+    seconds = latest.get("time", (0.0, 0))[0]
     return {
-        "seconds_per_iteration": latest.get("time", (0.0, 0))[0],
+        "usage": _detection.usage(clock, seconds, comm.get_world_size()),
         "losses": {name: value for name, (value, _) in latest.items() if name.startswith("loss_")},
     }
 

@@ -21,7 +21,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms, box_area, clip_boxes_to_image, roi_align
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from simclr import transforms
+from simclr import BadInput, transforms
 from simclr.model import ResNet
 
 RATIOS = (0.5, 1.0, 2.0)
@@ -94,7 +94,30 @@ class RPN(rpn.RegionProposalNetwork):
     """L1 box loss, both losses over a fixed number of anchors; proposals ranked by logits.
 
     torchvision divides by the number of sampled anchors and ranks by probabilities, which saturate.
+    Without `border_anchors`, those that cross the image's border are neither positive nor negative.
     """
+
+    def __init__(self, *args: Any, border_anchors: bool = True, **options: Any):
+        super().__init__(*args, **options)
+        self.border_anchors = border_anchors
+        self.shapes: list[tuple[int, int]] = []  # of the images at hand
+
+    def forward(
+        self, images: ImageList, features: Features, targets: list[Target] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        self.shapes = images.image_sizes
+        return super().forward(images, features, targets)
+
+    def assign_targets_to_anchors(
+        self, anchors: list[Tensor], targets: list[Target]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        labels, matched = super().assign_targets_to_anchors(anchors, targets)
+        if not self.border_anchors:
+            for label, boxes, (height, width) in zip(labels, anchors, self.shapes, strict=True):
+                limit = boxes.new_tensor([width, height])
+                inside = (boxes[:, :2] >= 0).all(1) & (boxes[:, 2:] < limit).all(1)
+                label[~inside] = -1.0
+        return labels, matched
 
     def compute_loss(
         self,
@@ -135,7 +158,9 @@ class RPN(rpn.RegionProposalNetwork):
         self, boxes: Tensor, logits: Tensor, levels: Tensor, shape: tuple[int, int]
     ) -> tuple[Tensor, Tensor]:
         if self.training and not (boxes.isfinite().all() and logits.isfinite().all()):
-            raise FloatingPointError("the region proposals are not finite")
+            raise BadInput(
+                "training diverged: the region proposals are not finite; lower lr or warm up longer"
+            )
         boxes = clip_boxes_to_image(boxes, shape)
         kept = not_empty(boxes) & logits.isfinite()
         boxes, logits, levels = boxes[kept], logits[kept], levels[kept]
@@ -282,27 +307,45 @@ class BoxPredictor(nn.Module):
         return self.cls_score(x), self.bbox_pred(x)
 
 
-def fully_connected(channels: int, edge: int, width: int) -> nn.Sequential:
-    """Return FPN's box head of two layers, `(n, C, edge, edge)` → `(n, width)`."""
-    layers = [nn.Linear(channels * edge**2, width), nn.Linear(width, width)]
-    for layer in layers:
+def box_head(inputs: int, convolutions: int, connected: int, edge: int, width: int) -> nn.Sequential:
+    """Return FPN's box head `(n, inputs, edge, edge)` → `(n, width)`: convolutions with BatchNorm, then
+    fully connected layers; initialised as Detectron2.
+    """
+    layers = [each for _ in range(convolutions) for each in convolution(inputs, inputs, norm=True)]
+    layers.append(nn.Flatten())
+    size = inputs * edge**2
+    for _ in range(connected):
+        layer = nn.Linear(size, width)
         nn.init.kaiming_uniform_(layer.weight, a=1)
         nn.init.zeros_(layer.bias)
-    return nn.Sequential(nn.Flatten(), layers[0], nn.ReLU(), layers[1], nn.ReLU())
+        layers += [layer, nn.ReLU()]
+        size = width
+    return nn.Sequential(*layers)
 
 
-def mask_branch(inputs: int, channels: int, convolutions: int, classes: int) -> nn.Sequential:
+def mask_branch(inputs: int, channels: int, convolutions: int, classes: int, norm: bool) -> nn.Sequential:
     """Return the mask head `(n, inputs, S, S)` → logits `(n, classes, 2S, 2S)`, initialised as Detectron2."""
     layers: list[nn.Module] = []
     for _ in range(convolutions):
-        layers += [nn.Conv2d(inputs, channels, 3, padding=1), nn.ReLU()]
+        layers += convolution(inputs, channels, norm)
         inputs = channels
-    layers += [nn.ConvTranspose2d(inputs, channels, 2, stride=2), nn.ReLU(), nn.Conv2d(channels, classes, 1)]
-    for layer in layers[::2]:
-        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    enlarge = nn.ConvTranspose2d(inputs, channels, 2, stride=2)
+    predict = nn.Conv2d(channels, classes, 1)
+    for layer in (enlarge, predict):
         nn.init.zeros_(layer.bias)
-    nn.init.normal_(layers[-1].weight, std=0.001)
-    return nn.Sequential(*layers)
+    nn.init.kaiming_normal_(enlarge.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.normal_(predict.weight, std=0.001)
+    return nn.Sequential(*layers, enlarge, nn.ReLU(), predict)
+
+
+def convolution(inputs: int, channels: int, norm: bool) -> list[nn.Module]:
+    """Return a 3×3 convolution, BatchNorm in place of its bias if there is one, and ReLU."""
+    layer = nn.Conv2d(inputs, channels, 3, padding=1, bias=not norm)
+    nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    if norm:
+        return [layer, nn.BatchNorm2d(channels), nn.ReLU()]
+    nn.init.zeros_(layer.bias)
+    return [layer, nn.ReLU()]
 
 
 # ---------------------------------------------------------------- masks
@@ -363,7 +406,7 @@ def _c4(resnet: ResNet, config: dict[str, Any], classes: int, masks: bool) -> De
     anchors = Anchors((config["anchor_sizes"],), (16,))
     head = Res5(resnet.layer4, channels)
     body = OrderedDict((name, m) for name, m in resnet.named_children() if name != "layer4")
-    branch = mask_branch(channels, config["head_channels"], 0, classes) if masks else None
+    branch = mask_branch(channels, config["head_channels"], 0, classes, norm=False) if masks else None
     heads = _roi_heads(RoIPool({"0": 16}, 14), head, BoxPredictor(channels, classes), config, None, branch)
     proposals = _rpn(anchors, resnet.channels["feature4"], config)
     return Detector(OneMap(body), proposals, heads, divisor=1)
@@ -382,6 +425,7 @@ class OneMap(nn.Module):
 
 def _fpn(resnet: ResNet, config: dict[str, Any], classes: int, masks: bool) -> Detector:
     channels, width = config["head_channels"], config["fc_channels"]
+    convolutions, connected = {"2fc": (0, 2), "4conv1fc": (4, 1)}[config["box_head"]]
     backbone = BackboneWithFPN(
         resnet,
         {f"layer{i + 1}": str(i) for i in range(4)},
@@ -394,11 +438,11 @@ def _fpn(resnet: ResNet, config: dict[str, Any], classes: int, masks: bool) -> D
     strides = {"0": 4, "1": 8, "2": 16, "3": 32}
     heads = _roi_heads(
         RoIPool(strides, 7),
-        fully_connected(channels, 7, width),
+        box_head(channels, convolutions, connected, 7, width),
         BoxPredictor(width, classes),
         config,
         RoIPool(strides, 14) if masks else None,
-        mask_branch(channels, channels, 4, classes) if masks else None,
+        mask_branch(channels, channels, 4, classes, norm=convolutions > 0) if masks else None,
     )
     return Detector(backbone, _rpn(anchors, channels, config), heads, divisor=32)
 
@@ -415,6 +459,7 @@ def _rpn(anchors: Anchors, channels: int, config: dict[str, Any]) -> RPN:
         pre_nms_top_n=dict(zip(phases, config["rpn_pre_nms"], strict=True)),
         post_nms_top_n=dict(zip(phases, config["rpn_post_nms"], strict=True)),
         nms_thresh=0.7,
+        border_anchors=config["border_anchors"],
     )
 
 

@@ -36,6 +36,7 @@ from simclr.benchmarks import _detection
 from simclr.benchmarks._detection_model import Detector, build, detector_key, not_empty, paste_mask
 from simclr.distributed import process_group, rank, world_size
 from simclr.results import replacing
+from simclr.training_log import peak_memory_gb
 
 Json = dict[str, Any]
 REPORT_EVERY = 20  # iterations, as Detectron2
@@ -69,7 +70,7 @@ def result(spec: Json, load: Json, trained: Json, detections: list[Json]) -> Jso
             "torchvision": torchvision.__version__,
         },
         "load": load,
-        "seconds_per_iteration": trained["seconds_per_iteration"],
+        "usage": trained["usage"],
         "losses": trained["losses"],
         "detections": detections,
     }
@@ -119,7 +120,7 @@ class TrainImages(Dataset):
         draw = random.Random(f"{self.seed} {position}")
         line = self.lines[index]
         edge, flip = draw.choice(self.config["train_edges"]), draw.random() < 0.5
-        image = resized(line, edge, self.config["max_edge"])
+        image = resized(line, edge, self.config["train_max_edge"] or self.config["max_edge"])
         target = transformed(line, image.size, flip)
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else image
         return pixels(image), target
@@ -240,13 +241,13 @@ def on(device: torch.device, batch: list[tuple[Tensor, Json]]) -> tuple[list[Ten
 
 
 def sgd(detector: nn.Module, config: Json) -> torch.optim.SGD:
-    """Return SGD with momentum whose weight decay spares BatchNorm's parameters."""
+    """Return SGD with momentum, with a weight decay of its own for BatchNorm's parameters."""
     norm = [p for m in detector.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)]
-    spared = {id(parameter) for parameter in norm}
-    decayed = [parameter for parameter in detector.parameters() if id(parameter) not in spared]
+    apart = {id(parameter) for parameter in norm}
+    others = [parameter for parameter in detector.parameters() if id(parameter) not in apart]
     groups = [
-        {"params": decayed, "weight_decay": config["weight_decay"]},
-        {"params": norm, "weight_decay": 0.0},
+        {"params": others, "weight_decay": config["weight_decay"]},
+        {"params": norm, "weight_decay": config["norm_weight_decay"]},
     ]
     return torch.optim.SGD(groups, lr=config["lr"], momentum=config["momentum"])
 
@@ -276,8 +277,8 @@ def train(detector: Detector, spec: Json, folder: Path) -> None:
     if world_size() > 1:
         detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
         model = DistributedDataParallel(detector, [device.index] if device.index is not None else None)
-    optimizer = sgd(detector, config)
-    start = resume(detector, optimizer, folder)
+    optimizer, clock = sgd(detector, config), _detection.Clock()
+    start = resume(detector, optimizer, clock, folder)
     progress, losses = Progress(config["iterations"], start), {}
     stream = iter(loader(spec, TRAINING, start, device))
     for iteration in range(start, config["iterations"]):
@@ -287,7 +288,7 @@ def train(detector: Detector, spec: Json, folder: Path) -> None:
         step(optimizer, losses, iteration)
         progress.tell(iteration, losses, lr)
         if (iteration + 1) % config["checkpoint_every"] == 0:
-            save(folder, iteration + 1, detector, optimizer)
+            save(folder, iteration + 1, detector, optimizer, clock)
     if config["precise_bn"]:
         fresh = (on(device, batch) for batch in loader(spec, PRECISE_BN, 0, device))
         torch.manual_seed(seed_of(spec["seed"], PRECISE_BN, 0))
@@ -296,7 +297,7 @@ def train(detector: Detector, spec: Json, folder: Path) -> None:
         trained = {
             "model": detector.state_dict(),
             "losses": {name: value.item() for name, value in losses.items()},
-            "seconds_per_iteration": progress.seconds_per_iteration,
+            "usage": _detection.usage(clock, progress.seconds_per_iteration, world_size()),
         }
         with replacing(folder / "trained.pt") as part:
             torch.save(trained, part)
@@ -322,7 +323,7 @@ def seed_of(seed: int, stream: int, iteration: int) -> int:
 
 
 class Progress:
-    """Lines on standard error: iteration, losses, learning rate, seconds per iteration, time left."""
+    """Lines on standard error: iteration, losses, learning rate, seconds per iteration, memory, time left."""
 
     def __init__(self, iterations: int, start: int):
         self.iterations, self.start, self.began = iterations, start, time.monotonic()
@@ -338,7 +339,7 @@ class Progress:
         if rank() == 0:
             print(
                 f"iteration {done}/{self.iterations}  {values}  lr {lr:.2g}  "
-                f"{self.seconds_per_iteration:.2f} s/iteration  {left} left",
+                f"{self.seconds_per_iteration:.2f} s/iteration  {peak_memory_gb():.1f} GB  {left} left",
                 file=sys.stderr,
                 flush=True,
             )
@@ -349,18 +350,27 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*.pt"))
 
 
-def save(folder: Path, iteration: int, detector: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def save(
+    folder: Path,
+    iteration: int,
+    detector: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    clock: _detection.Clock,
+) -> None:
     """Write the state after `iteration` iterations, whole or not at all; the two newest are kept."""
     if rank() != 0:
         return
-    state = {"iteration": iteration, "model": detector.state_dict(), "optimizer": optimizer.state_dict()}
+    parts = {"model": detector, "optimizer": optimizer, "clock": clock}
+    state = {"iteration": iteration, **{key: part.state_dict() for key, part in parts.items()}}
     with replacing(folder / f"checkpoint-{iteration:08}.pt") as part:
         torch.save(state, part)
     for old in checkpoints(folder)[:-2]:
         old.unlink()
 
 
-def resume(detector: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> int:
+def resume(
+    detector: nn.Module, optimizer: torch.optim.Optimizer, clock: _detection.Clock, folder: Path
+) -> int:
     """Load the newest rolling checkpoint that can be read, if any; return the iteration to go on with."""
     found = checkpoints(folder)
     for path in reversed(found):
@@ -372,6 +382,7 @@ def resume(detector: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) 
             continue
         detector.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        clock.load_state_dict(state["clock"])
         return state["iteration"]
     if found:
         raise BadInput(f"{folder}: no rolling checkpoint can be read; delete it to start from the beginning")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from simclr import BadInput
 from simclr.benchmarks import _detection
 from simclr.benchmarks import _detection_detectron2 as detectron2
 from simclr.benchmarks import _detection_torchvision as engine
+from simclr.benchmarks.voc0712_detection import Config
 
 CLASSES = ["zero", "one"]
 
@@ -187,6 +190,56 @@ def test_masks_need_polygons_of_three_points():
         _detection.training_images([truth], masks=True)
 
 
+def test_difficult_objects_can_be_left_out():
+    both = image("a", ((0, 0, 9, 9), 1, True), ((0, 0, 9, 9), 0, False))
+    alone = image("b", ((0, 0, 9, 9), 1, True))
+    kept = _detection.training_images([both, alone], masks=False, difficult=False)
+    assert [(i["image_id"], [e["category_id"] for e in i["annotations"]]) for i in kept] == [("a", [0])]
+
+
+@pytest.mark.parametrize("images", [4, 8, 32, 48])
+def test_other_batches_follow_the_linear_rule(images):
+    """As Detectron2's DefaultTrainer.auto_scale_workers: rate by the ratio, iterations by its inverse."""
+    given = Config(images_per_iteration=images).model_dump(mode="json")
+    scaled, ratio = _detection.scaled(given), images / 16
+    assert (scaled["batch_size"], scaled["lr"]) == (images, pytest.approx(0.02 * ratio))
+    assert scaled["iterations"] == round(24000 / ratio)
+    assert scaled["steps"] == [round(18000 / ratio), round(22000 / ratio)]
+    assert scaled["warmup_iterations"] == round(100 / ratio)
+    kept = given.keys() - {*_detection.SCHEDULE, "images_per_iteration"}
+    assert {key: scaled[key] for key in kept} == {key: given[key] for key in kept}
+
+
+def test_the_published_batch_leaves_the_schedule_as_it_is():
+    given = Config().model_dump(mode="json")
+    assert _detection.scaled(given) == given
+
+
+def test_classes_that_coco_leaves_out_are_named():
+    truth = coco_scene()
+    assert _detection.absent_classes(truth, CLASSES) == ["one"]
+    assert _detection.absent_classes(coco_scene(crowd=1), CLASSES) == CLASSES
+
+
+def test_what_all_trials_took():
+    one = {"processes": 8, "gpu": "H100", "seconds": 3600.0, "seconds_per_iteration": 0.5}
+    trials = [{**one, "peak_memory_gb": 9.0}, {**one, "seconds": 1800.0, "peak_memory_gb": 10.0}]
+    took = _detection.total(trials)
+    assert (took["gpu_hours"], took["peak_memory_gb"], took["processes"]) == (12, 10, 8)
+    assert _detection.total([{**each, "gpu": None} for each in trials])["gpu_hours"] == 0
+
+
+def test_an_engine_leaves_its_refusal_where_it_is_looked_for(tmp_path):
+    (tmp_path / "spec.json").write_text("{}")
+
+    def refuse(spec):
+        raise BadInput("no such thing")
+
+    assert _detection.main(refuse, [str(tmp_path / "spec.json"), str(tmp_path / "result.json")]) == 2
+    assert (tmp_path / _detection.REFUSAL).read_text() == "no such thing"
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_load_report_names_what_did_not_arrive():
     state = {"conv1.weight": torch.ones(2), "bn1.weight": torch.ones(2)}
     assert _detection.load_report(dict(state), state, "x")["loaded"] == 2
@@ -209,6 +262,28 @@ def test_missing_detectron2_is_one_sentence(monkeypatch):
         _detection._detectron2_command()
     monkeypatch.setenv("SIMCLR_DETECTRON2_PYTHON", sys.executable)
     assert _detection._detectron2_command() == [sys.executable]
+    monkeypatch.setenv("SIMCLR_DETECTRON2_PYTHON", "/nowhere/python")
+    with pytest.raises(BadInput, match=r"no program /nowhere/python.*engine: torchvision"):
+        _detection._detectron2_command()
+
+
+def test_a_python_without_detectron2_is_one_sentence(tmp_path, monkeypatch):
+    """The engine's own process says it, and the caller repeats it."""
+    if importlib.util.find_spec("detectron2"):
+        pytest.skip("Detectron2 is installed in this Python")
+    monkeypatch.setenv("SIMCLR_DETECTRON2_PYTHON", sys.executable)
+    (tmp_path / "spec.json").write_text("{}")
+    with pytest.raises(BadInput, match=r"has no Detectron2.*envs/detectron2\.yaml.*engine: torchvision"):
+        _detection._run("detectron2", tmp_path / "spec.json", tmp_path / "result.json")
+
+
+def test_an_unknown_version_of_detectron2_is_refused(monkeypatch):
+    for version in (*detectron2.VERSIONS, "0.7"):
+        monkeypatch.setitem(sys.modules, "detectron2", SimpleNamespace(__version__=version))
+        if version in detectron2.VERSIONS:
+            detectron2.known()
+    with pytest.raises(BadInput, match=r"expected Detectron2 0\.6, found 0\.7"):
+        detectron2.known()
 
 
 @pytest.mark.parametrize(
@@ -321,18 +396,20 @@ def test_a_diverged_loss_stops_training():
 
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
     detector = torch.nn.Linear(2, 1)
-    optimizer = torch.optim.SGD(detector.parameters(), lr=0.1)
+    optimizer, clock = torch.optim.SGD(detector.parameters(), lr=0.1), _detection.Clock()
     for iteration in (2, 4, 6):
         torch.nn.init.constant_(detector.bias, iteration)
-        engine.save(tmp_path, iteration, detector, optimizer)
+        clock.before = 100 * iteration
+        engine.save(tmp_path, iteration, detector, optimizer, clock)
     older, newest = engine.checkpoints(tmp_path)
     newest.write_bytes(newest.read_bytes()[:-100])
-    assert engine.resume(detector, optimizer, tmp_path) == 4
+    assert engine.resume(detector, optimizer, clock, tmp_path) == 4
     assert detector.bias.item() == 4
+    assert 400 <= clock.seconds() < 500
     assert f"{newest} cannot be read" in capsys.readouterr().err
     older.write_bytes(b"")
     with pytest.raises(BadInput, match="no rolling checkpoint can be read; delete it"):
-        engine.resume(detector, optimizer, tmp_path)
+        engine.resume(detector, optimizer, clock, tmp_path)
 
 
 def test_an_image_is_turned_only_when_its_boxes_are(tmp_path):
@@ -349,3 +426,28 @@ def test_an_image_is_turned_only_when_its_boxes_are(tmp_path):
     _detection.draw([line], [], CLASSES, tmp_path / "detections.png")
     with Image.open(tmp_path / "detections.png") as sheet:
         assert sheet.getpixel((160, 250)) == (0, 0, 0)  # 320 × 240, wider than high, above black
+
+
+def test_the_sheet_shows_objects_left_and_detections_right(tmp_path):
+    """Of 11 grey images the first, third … last; boxes and masks in the colour of their class."""
+    Image.new("RGB", (80, 60), (128, 128, 128)).save(tmp_path / "grey.png")
+    box = (20, 10, 60, 50)
+    truth = [image(i, (box, 0, False), file_name=str(tmp_path / "grey.png")) for i in range(11)]
+    for each in truth[0]["annotations"]:
+        each["segmentation"] = square(box)
+    found = [{**coco_detection(2, box, 0.9), "category_id": 1}, detection(2, (0, 0, 9, 9), 0.2)]
+    _detection.draw(truth, found, CLASSES, tmp_path / "a.png")
+    _detection.draw(truth, list(reversed(found)), CLASSES, tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with Image.open(tmp_path / "a.png") as sheet:
+        assert sheet.size == (4 * 320, 3 * 320)
+        centre, edge, grey = (160, 120), (80, 120), (128, 128, 128)
+        tiles = [(x, y) for y in range(0, 960, 320) for x in range(0, 1280, 320)]
+        at = [[sheet.getpixel((x + point[0], y + point[1])) for x, y in tiles] for point in (centre, edge)]
+    zero, one = at[1][0], at[1][3]
+    assert len({zero, one, grey}) == 3
+    assert [at[1][i] for i in range(0, 12, 2)] == [zero] * 6  # an object in each
+    assert [at[1][i] for i in range(1, 12, 2)] == [grey, one, grey, grey, grey, grey]
+    tinted = [i for i, colour in enumerate(at[0]) if colour != grey]
+    assert tinted == [0, 3]
+    assert at[0][0] == tuple((a + b) // 2 for a, b in zip(zero, grey, strict=True))

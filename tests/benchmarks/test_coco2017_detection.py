@@ -52,16 +52,36 @@ def test_variants_set_what_is_not_given():
         Config(variant="c4_3x")
 
 
+def differences(variant, base):
+    ours, theirs = Config(variant=base).model_dump(), Config(variant=variant).model_dump()
+    return {key: value for key, value in theirs.items() if value != ours[key] and key != "variant"}
+
+
+@pytest.mark.parametrize("length", ["1x", "2x"])
+def test_mmselfsups_files_are_short_deltas_from_detectron2s(length):
+    """MMSelfSup v0.11.0, configs/benchmarks: detectron2/coco_R_50_C4_2x_moco.yaml and mmdetection/coco."""
+    assert differences(f"mmselfsup_c4_{length}", f"c4_{length}") == {"train_max_edge": 1200}
+    epochs, drops = {"1x": (12, (8, 11)), "2x": (24, (16, 22))}[length]
+    per_epoch = -(-117266 // 16)  # images with objects; batches of 16
+    assert differences(f"mmselfsup_fpn_{length}", f"fpn_{length}") == {
+        "box_head": "4conv1fc",
+        "norm_weight_decay": 1e-4,
+        "precise_bn": 0,
+        "iterations": epochs * per_epoch,
+        "steps": tuple(drop * per_epoch for drop in drops),
+    }
+
+
 def test_what_is_not_said_is_vocs():
     voc, coco = voc0712_detection.Config(), Config()
     delta = {"iterations", "steps", "warmup_iterations", "train_edges", "trials"}
-    delta |= {"detector", "rpn_pre_nms", "rpn_post_nms"}
+    delta |= {"variant", "detector", "rpn_pre_nms", "rpn_post_nms"}
     same = set(voc0712_detection.Config.model_fields) - delta
     assert {key: getattr(coco, key) for key in same} == {key: getattr(voc, key) for key in same}
 
 
-@pytest.mark.parametrize("detector", ["fpn", "c4"])
-def test_a_miniature_run_with_masks(detector, dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("variant", ["fpn_1x", "c4_1x", "mmselfsup_fpn_1x"])
+def test_a_miniature_run_with_masks(variant, dataset, tmp_path, monkeypatch):
     full = dataset("coco2017")
     cut = {"train2017": datasets.detection(full, "train2017")[:4]}
     cut["val2017"] = datasets.detection(full, "val2017")[:3]
@@ -72,8 +92,9 @@ def test_a_miniature_run_with_masks(detector, dataset, tmp_path, monkeypatch):
         path, resnet("resnet18_w0.125").state_dict(), {"architecture": "resnet18_w0.125"}
     )
     metrics = evaluate(
-        checkpoint.Backbone.open(path), full, Config(**TINY, detector=detector), tmp_path / "work"
+        checkpoint.Backbone.open(path), full, Config(**TINY, variant=variant), tmp_path / "work"
     )
+    assert metrics.details["variant"] == variant
     assert list(metrics) == list(COLUMNS)
     assert all(0 <= value <= 100 for value in metrics.values())
     assert "loss_mask" in metrics.details["last_losses"]

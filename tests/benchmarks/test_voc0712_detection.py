@@ -49,6 +49,19 @@ def test_the_published_protocol():
     assert list(COLUMNS) == ["ap50", "ap", "ap75"]
 
 
+def test_the_protocol_of_mmselfsups_row_is_a_short_delta():
+    """MMSelfSup v0.11.0, configs/benchmarks/mmdetection/voc0712/faster_rcnn_r50_c4_mstrain_24k_voc0712.py."""
+    ours, theirs = Config().model_dump(), Config(variant="mmselfsup").model_dump()
+    assert {key: value for key, value in theirs.items() if value != ours[key]} == {
+        "variant": "mmselfsup",
+        "norm_weight_decay": 1e-4,
+        "precise_bn": 0,
+        "train_difficult": False,
+        "border_anchors": False,
+    }
+    assert Config(variant="mmselfsup", precise_bn=7).precise_bn == 7
+
+
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
@@ -57,6 +70,9 @@ def test_the_published_protocol():
         ({"iterations": 50, "steps": []}, "warmup_iterations 100 exceed"),
         ({"detector": "fpn", "anchor_sizes": [32]}, "five anchor_sizes"),
         ({"test_edge": 2000}, "must not exceed max_edge"),
+        ({"train_max_edge": 640}, "must not exceed train_max_edge 640"),
+        ({"box_head": "4conv1fc"}, "is of detector: fpn"),
+        ({"variant": "mocov2"}, "variant"),
         ({"learning_rate": 0.1}, "Extra inputs"),
     ],
 )
@@ -92,8 +108,14 @@ def backbone(tmp_path):
 
 
 def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(voc, backbone, tmp_path, monkeypatch):
-    unbroken = evaluate(backbone, voc, TINY, tmp_path / "unbroken")
+    picture = tmp_path / "voc.png"
+    unbroken = evaluate(backbone, voc, TINY, tmp_path / "unbroken", picture)
     assert list(unbroken) == list(COLUMNS)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    schedule = {"batch_size": 2, "lr": 0.02, "iterations": 4, "steps": [3], "warmup_iterations": 1}
+    assert (unbroken.details["schedule"], unbroken.details["variant"]) == (schedule, "moco")
+    assert unbroken.details["seconds_per_iteration"] > 0
+    assert (unbroken.details["processes"], unbroken.details["peak_memory_gb"] > 0) == (1, True)
     assert unbroken.details["load"] == {"expected": 120, "loaded": 120, "unmatched": []}
     assert unbroken.details["engine"] == "torchvision"
 
@@ -128,6 +150,8 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(voc, backbone, tmp_pat
     assert len(list(work.iterdir())) == 1
     evaluate(backbone, voc, TINY.model_copy(update={"iterations": 1, "steps": ()}), work)
     assert len(list(work.iterdir())) == 2
+    protocols = [json.loads((each / "run.json").read_text())["protocol"] for each in work.iterdir()]
+    assert {each["iterations"] for each in protocols} == {1, 4}
 
 
 def test_torchrun_is_refused(voc, backbone, tmp_path, monkeypatch):

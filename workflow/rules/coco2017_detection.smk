@@ -11,7 +11,8 @@ rule coco2017_detection_record:
         backbone="<results>/{model}/backbone.safetensors",
         dataset="<results>/datasets/coco2017.json",
     output:
-        record("coco2017_detection"),
+        record=record("coco2017_detection"),
+        picture=reported("coco2017_detection", "<results>/{model}/coco2017_detection.png", "detections"),
     log:
         "<results>/{model}/logs/coco2017_detection.log",
     benchmark:
@@ -28,5 +29,6 @@ rule coco2017_detection_record:
         work=work_folder("coco2017_detection"),
     shell:
         "python -m simclr coco2017_detection --model {wildcards.model} --backbone {input.backbone}"
-        " --dataset {input.dataset} --config {params.config:q} --work {params.work:q} --output {output}"
+        " --dataset {input.dataset} --config {params.config:q} --work {params.work:q}"
+        " --picture {output.picture} --output {output.record}"
         " > {log} 2>&1"

@@ -11,7 +11,8 @@ rule voc0712_detection_record:
         backbone="<results>/{model}/backbone.safetensors",
         dataset="<results>/datasets/voc0712.json",
     output:
-        record("voc0712_detection"),
+        record=record("voc0712_detection"),
+        picture=reported("voc0712_detection", "<results>/{model}/voc0712_detection.png", "detections"),
     log:
         "<results>/{model}/logs/voc0712_detection.log",
     benchmark:
@@ -28,5 +29,6 @@ rule voc0712_detection_record:
         work=work_folder("voc0712_detection"),
     shell:
         "python -m simclr voc0712_detection --model {wildcards.model} --backbone {input.backbone}"
-        " --dataset {input.dataset} --config {params.config:q} --work {params.work:q} --output {output}"
+        " --dataset {input.dataset} --config {params.config:q} --work {params.work:q}"
+        " --picture {output.picture} --output {output.record}"
         " > {log} 2>&1"
