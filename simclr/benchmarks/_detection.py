@@ -53,7 +53,7 @@ def evaluate(
     dataset: Dataset,
     config: Config,
     work: Path,
-    measure: Callable[..., dict[str, float]],
+    measure: Callable[..., Metrics],
     picture: Path | None = None,
 ) -> Metrics:
     """Train and test `config.trials` detectors in `work`; return the mean of what `measure` finds, percent.
@@ -76,12 +76,11 @@ def evaluate(
     metrics.details |= {
         "variant": config.variant,
         "schedule": {key: spec["protocol"][key] for key in SCHEDULE},
-        "absent_classes": absent_classes(truth, dataset.class_names),
     }
     return metrics
 
 
-def _summary(values: list[dict[str, float]], results: list[Json]) -> Metrics:
+def _summary(values: list[Metrics], results: list[Json]) -> Metrics:
     from simclr.protocol import Metrics
 
     table = {key: np.array([value[key] for value in values]) for key in values[0]}
@@ -94,7 +93,7 @@ def _summary(values: list[dict[str, float]], results: list[Json]) -> Metrics:
             **{key: results[0][key] for key in ("engine", "software", "load")},
             **total([result["usage"] for result in results]),
             "last_losses": results[0]["losses"],
-            "trials": values,
+            "trials": [{**value, **value.details} for value in values],
         },
     )
 
@@ -355,6 +354,19 @@ def load_report(found: dict[str, Any], expected: dict[str, Any], engine: str) ->
     return report
 
 
+def feature_report(features: Callable[[Any], Json], state: dict[str, Any]) -> Json:
+    """Compare the maps that the detector's backbone makes of a fixed input with those of its source.
+
+    Every tensor may be in its place and the maps still be others, with the stride in the 1×1 convolution,
+    say. Raises `BadInput` for the first that differs.
+    """
+    from simclr import checkpoint
+
+    images = checkpoint.fixed_input()
+    said = checkpoint.agreement(features(images), checkpoint.plain_features(state, images))
+    return {"largest_relative_difference": said["largest_relative_difference"]}
+
+
 def per_process(batch_size: int, processes: int) -> int:
     """Return the images of one process per iteration; raises `BadInput` when they do not divide evenly."""
     if batch_size % processes:
@@ -366,8 +378,8 @@ def per_process(batch_size: int, processes: int) -> int:
 
 
 def _measured(
-    measure: Callable[..., dict[str, float]], truth: list[Json], detections: list[Json], classes: list[str]
-) -> dict[str, float]:
+    measure: Callable[..., Metrics], truth: list[Json], detections: list[Json], classes: list[str]
+) -> Metrics:
     if not detections:
         raise BadInput(
             f"the detector found nothing above score_threshold in {len(truth)} test images, so there is no "
@@ -376,27 +388,27 @@ def _measured(
     return measure(truth, detections, classes)
 
 
-def absent_classes(truth: list[Json], classes: list[str]) -> list[str]:
-    """Return the classes without an object that is no crowd: COCO's means leave them out, VOC has none."""
-    present = {each["category_id"] for i in truth for each in i["annotations"] if not each["iscrowd"]}
-    return [name for index, name in enumerate(classes) if index not in present]
-
-
-def voc_metrics(truth: list[Json], detections: list[Json], classes: list[str]) -> dict[str, float]:
+def voc_metrics(truth: list[Json], detections: list[Json], classes: list[str]) -> Metrics:
     """Return VOC2007's `ap50`, `ap`, `ap75` of `detections`, in percent, averaged over `classes`.
 
     As Detectron2's PascalVOCDetectionEvaluator: scores are rounded to 3 decimals and coordinates, counted
-    from 1, to one; equal scores keep their order. Raises `BadInput` for a class of which `truth` has no
-    object that is not difficult.
+    from 1, to one; equal scores keep their order. Details have the same by the rule of VOC2010 and later,
+    `area`. Raises `BadInput` for a class of which `truth` has no object that is not difficult.
     """
+    from simclr.protocol import Metrics
+
     table = np.array([_class_ap(truth, detections, i, name) for i, name in enumerate(classes)])
-    means = 100 * table.mean(0)
-    at = dict(zip(IOU_THRESHOLDS, means, strict=True))
-    return {"ap50": float(at[0.5]), "ap": float(means.mean()), "ap75": float(at[0.75])}
+    eleven_points, area = np.moveaxis(100 * table.mean(0), 1, 0)
+    return Metrics(_voc_columns(eleven_points), details={"area": _voc_columns(area)})
 
 
-def _class_ap(truth: list[Json], detections: list[Json], index: int, name: str) -> list[float]:
-    """Return the average precision of one class at every IoU threshold, between 0 and 1."""
+def _voc_columns(means: np.ndarray) -> dict[str, float]:
+    at = dict(zip(IOU_THRESHOLDS, means.tolist(), strict=True))
+    return {"ap50": at[0.5], "ap": float(means.mean()), "ap75": at[0.75]}
+
+
+def _class_ap(truth: list[Json], detections: list[Json], index: int, name: str) -> list[tuple[float, float]]:
+    """Return the average precisions of one class at every IoU threshold, by either rule, between 0 and 1."""
     boxes, difficult = {}, {}
     for image in truth:
         objects = [each for each in image["annotations"] if each["category_id"] == index]
@@ -411,7 +423,8 @@ def _class_ap(truth: list[Json], detections: list[Json], index: int, name: str) 
     found.sort(key=lambda each: -each[0])
     overlaps = [_overlaps(box, boxes[image]) for _, image, box in found]
     images = [image for _, image, _ in found]
-    return [_ap(images, overlaps, difficult, positives, threshold) for threshold in IOU_THRESHOLDS]
+    curves = [_curve(images, overlaps, difficult, positives, threshold) for threshold in IOU_THRESHOLDS]
+    return [(eleven_point_ap(*curve), area_ap(*curve)) for curve in curves]
 
 
 def _rounded(box: list[float]) -> np.ndarray:
@@ -427,14 +440,14 @@ def _overlaps(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     return common / (np.prod(box[2:] - box[:2] + 1) + np.prod(boxes[:, 2:] - boxes[:, :2] + 1, 1) - common)
 
 
-def _ap(
+def _curve(
     images: list[Any],
     overlaps: list[np.ndarray],
     difficult: dict[Any, np.ndarray],
     positives: int,
     threshold: float,
-) -> float:
-    """Return the 11-point average precision of detections in descending order of score.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return recall and precision of the first, the first two … detections, in descending order of score.
 
     A detection is right when the object that it overlaps most does so by more than `threshold` and has not
     been found before. Where that object is difficult, it counts neither way.
@@ -448,28 +461,42 @@ def _ap(
         elif not difficult[image][best]:
             right[i] = taken[image][best] = True
     right, wrong = right.cumsum(), wrong.cumsum()
-    recall = right / positives
-    precision = right / np.maximum(right + wrong, np.finfo(float).eps)
-    points = [precision[recall >= level].max(initial=0) for level in np.arange(0, 1.1, 0.1)]
-    return float(np.mean(points))
+    return right / positives, right / np.maximum(right + wrong, np.finfo(float).eps)
 
 
-def coco_metrics(truth: list[Json], detections: list[Json], classes: list[str]) -> dict[str, float]:
+def eleven_point_ap(recall: np.ndarray, precision: np.ndarray) -> float:
+    """Return the mean of the best precision from recall 0, 0.1 … 1 on (VOC2007)."""
+    return float(np.mean([precision[recall >= r].max(initial=0) for r in np.arange(0, 1.1, 0.1)]))
+
+
+def area_ap(recall: np.ndarray, precision: np.ndarray) -> float:
+    """Return the area under the curve of the best precision from a recall on (VOC2010)."""
+    best = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(np.sum(np.diff(recall, prepend=0) * best))
+
+
+def coco_metrics(truth: list[Json], detections: list[Json], classes: list[str]) -> Metrics:
     """Return COCO's box and mask AP, AP50 and AP75 of `detections`, in percent, by pycocotools.
 
-    All areas, 100 detections per image. Raises `BadInput` when `truth` has no object that counts.
+    All areas, 100 detections per image. Details name the `absent_classes`, which the means leave out, as
+    `truth` has no object of them. Raises `BadInput` when `truth` has no object that counts.
     """
+    from simclr.protocol import Metrics
+
     with contextlib.redirect_stdout(io.StringIO()):
         dataset = _coco(truth, classes)
         found = {kind: _coco_stats(dataset, detections, kind) for kind in ("bbox", "segm")}
     if min(min(each) for each in found.values()) < 0:
         raise BadInput("no test image has an object that is no crowd, so average precision is undefined")
     keys = {"bbox": "box", "segm": "mask"}
-    return {
+    values = {
         f"{keys[kind]}_{name}": 100 * float(value)
         for kind, each in found.items()
         for name, value in zip(("ap", "ap50", "ap75"), each, strict=True)
     }
+    present = {each["category_id"] for i in truth for each in i["annotations"] if not each["iscrowd"]}
+    absent = [name for index, name in enumerate(classes) if index not in present]
+    return Metrics(values, details={"absent_classes": absent})
 
 
 def _coco(truth: list[Json], classes: list[str]) -> Any:

@@ -8,6 +8,7 @@ the stride in the 3×3 convolution, no frozen stage, the extra norm after res5, 
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import platform
@@ -44,7 +45,10 @@ def run(spec: Json) -> Json:
     _detection.per_process(spec["protocol"]["batch_size"], processes)
     refuse(spec["architecture"], spec["protocol"]["detector"])
     launch(worker, processes, dist_url="auto", args=(spec,))
-    return json.loads((Path(spec["folder"]) / "detected.json").read_text())
+    detected = Path(spec["folder"]) / "detected.json"
+    result = json.loads(detected.read_text())
+    detected.unlink()  # the result file has it all
+    return result
 
 
 def known() -> None:
@@ -312,7 +316,22 @@ def load_backbone(model: Any, spec: Json) -> Json:
     for key, target in found.items():
         if target is not None and target.shape == state[key].shape:
             target.copy_(state[key])
-    return _detection.load_report(found, state, "detectron2")
+    report = _detection.load_report(found, state, "detectron2")
+    return report | _detection.feature_report(functools.partial(features, model), state)
+
+
+def features(model: Any, images: Any) -> Json:
+    """Return the maps of `images` by the model's backbone, named as the source's, on the CPU in float32."""
+    import torch
+
+    model = getattr(model, "module", model)
+    bottom_up = getattr(model.backbone, "bottom_up", model.backbone)
+    with torch.no_grad():
+        maps = copy.deepcopy(bottom_up).cpu().eval()(images)
+        if hasattr(model.roi_heads, "res5"):
+            stage = copy.deepcopy(model.roi_heads.res5).cpu().eval()
+            maps["res5"] = stage[:-1](maps["res4"])  # without the extra norm
+    return {f"feature{name.removeprefix('res')}": value for name, value in maps.items()}
 
 
 def make_trainer(cfg: Any) -> Any:

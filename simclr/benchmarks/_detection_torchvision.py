@@ -7,6 +7,7 @@ equals an unbroken one.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -33,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from simclr import BadInput, checkpoint, datasets
 from simclr.benchmarks import _detection
-from simclr.benchmarks._detection_model import Detector, build, detector_key, not_empty, paste_mask
+from simclr.benchmarks._detection_model import Detector, Res5, build, detector_key, not_empty, paste_mask
 from simclr.distributed import process_group, rank, world_size
 from simclr.results import replacing
 from simclr.training_log import peak_memory_gb
@@ -78,13 +79,29 @@ def result(spec: Json, load: Json, trained: Json, detections: list[Json]) -> Jso
 
 def make(spec: Json, device: torch.device) -> tuple[Detector, Json]:
     """Return the detector on the backbone's weights, its heads drawn from the seed, and the load report."""
-    state = checkpoint.load_backbone(Path(spec["backbone"]))
     torch.manual_seed(spec["seed"])
-    resnet = checkpoint.build(spec["architecture"], state)
+    resnet = checkpoint.build(spec["architecture"], checkpoint.load_backbone(Path(spec["backbone"])))
     detector = build(resnet, spec["protocol"], spec["classes"], spec["masks"])
+    state = checkpoint.load_backbone(Path(spec["backbone"]))  # again: the network has the first one's memory
     found = detector.state_dict()
     arrived = {key: found.get(detector_key(key, spec["protocol"]["detector"])) for key in state}
-    return detector.to(device), _detection.load_report(arrived, state, "torchvision")
+    report = _detection.load_report(arrived, state, "torchvision")
+    report |= _detection.feature_report(functools.partial(features, detector), state)
+    return detector.to(device), report
+
+
+@torch.no_grad()
+def features(detector: Detector, images: Tensor) -> dict[str, Tensor]:
+    """Return the maps of `images` by the detector's backbone, named as the source's."""
+    training = detector.training
+    detector.eval()
+    if isinstance(detector.roi_heads.box_head, Res5):
+        (map4,) = detector.backbone(images).values()
+        maps = {"feature4": map4, "feature5": detector.roi_heads.box_head.layer4(map4)}
+    else:
+        maps = {f"feature{i}": value for i, value in enumerate(detector.backbone.body(images).values(), 2)}
+    detector.train(training)
+    return maps
 
 
 # ---------------------------------------------------------------- images

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from simclr import BadInput
+from simclr import BadInput, checkpoint, convert
 from simclr.benchmarks import _detection
 from simclr.benchmarks import _detection_detectron2 as detectron2
 from simclr.benchmarks import _detection_torchvision as engine
+from simclr.benchmarks.coco2017_detection import Config as Coco
 from simclr.benchmarks.voc0712_detection import Config
+from simclr.model import resnet
 
 CLASSES = ["zero", "one"]
 
@@ -106,6 +109,7 @@ def test_voc_metrics_by_hand():
     metrics = _detection.voc_metrics(truth, found, CLASSES[:1])
     assert metrics["ap50"] == pytest.approx(100 * (6 * 1 + 5 * 2 / 3) / 11)
     assert metrics == {key: pytest.approx(metrics["ap50"]) for key in ("ap50", "ap", "ap75")}
+    assert metrics.details["area"] == {key: pytest.approx(100 * (1 + 2 / 3) / 2) for key in metrics}
 
 
 def test_a_difficult_object_counts_neither_way_and_a_second_hit_is_wrong():
@@ -216,9 +220,10 @@ def test_the_published_batch_leaves_the_schedule_as_it_is():
 
 
 def test_classes_that_coco_leaves_out_are_named():
-    truth = coco_scene()
-    assert _detection.absent_classes(truth, CLASSES) == ["one"]
-    assert _detection.absent_classes(coco_scene(crowd=1), CLASSES) == CLASSES
+    found = [coco_detection(7, (0, 0, 10, 10), 0.9)]
+    alone, both = (_detection.coco_metrics(coco_scene(), found, names) for names in (CLASSES[:1], CLASSES))
+    assert (alone, alone.details) == (both, {"absent_classes": []})
+    assert both.details == {"absent_classes": ["one"]}
 
 
 def test_what_all_trials_took():
@@ -247,6 +252,93 @@ def test_load_report_names_what_did_not_arrive():
         _detection.load_report({**state, "bn1.weight": torch.zeros(2)}, state, "x")
     with pytest.raises(BadInput, match="did not arrive"):
         _detection.load_report({"conv1.weight": state["conv1.weight"], "bn1.weight": None}, state, "x")
+
+
+def made(tmp_path, state, architecture="resnet50_w0.125", detector="c4", **changes):
+    """Return the torchvision engine's detector and load report for a file of `state`."""
+    path = tmp_path / "backbone.safetensors"
+    save_file(state, path, {"architecture": architecture, **changes})
+    protocol = (Config if detector == "c4" else Coco)().model_dump(mode="json")
+    spec = {"backbone": str(path), "seed": 0, "architecture": "resnet50_w0.125", "protocol": protocol}
+    return engine.make({**spec, "classes": 2, "masks": False}, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def weights():
+    torch.manual_seed(0)
+    return {key: value.contiguous() for key, value in resnet("resnet50_w0.125").state_dict().items()}
+
+
+@pytest.mark.parametrize("detector", ["c4", "fpn"])
+def test_the_torchvision_engine_loads_every_tensor(tmp_path, weights, detector):
+    found, report = made(tmp_path, weights, detector=detector)
+    assert (report["expected"], report["loaded"], report["unmatched"]) == (318, 318, [])
+    assert max(report["largest_relative_difference"].values()) < 1e-5
+    assert found.training
+
+
+def detectron2s_names(weights):
+    return {convert.detectron2_key(key): value for key, value in weights.items()}
+
+
+def prefixed(weights):
+    return {f"module.{key}": value for key, value in weights.items()}
+
+
+def lacking(weights):
+    return {key: value for key, value in weights.items() if not key.startswith("layer4.")}
+
+
+@pytest.mark.parametrize("fault", [detectron2s_names, prefixed, lacking])
+def test_the_torchvision_engine_loads_nothing_by_halves(tmp_path, weights, fault):
+    """Files with which Detectron2's own loader would go on at random weights."""
+    with pytest.raises(BadInput, match="expected exactly the 318 tensors"):
+        made(tmp_path, fault(weights))
+
+
+def test_a_checkpoint_of_another_depth_is_refused(tmp_path):
+    shallow = {key: value.contiguous() for key, value in resnet("resnet18_w0.125").state_dict().items()}
+    with pytest.raises(BadInput, match="expected exactly the 318 tensors"):
+        made(tmp_path, shallow)
+
+
+@pytest.mark.parametrize("detector", ["c4", "fpn"])
+def test_weights_that_change_on_the_way_are_refused(tmp_path, weights, detector, monkeypatch):
+    def blurred(*arguments):
+        found = build(*arguments)
+        next(found.backbone.parameters()).data.mul_(1 + 1e-6)
+        return found
+
+    build = engine.build
+    monkeypatch.setattr(engine, "build", blurred)
+    with pytest.raises(BadInput, match=r"1 of 318 backbone tensors did not arrive.*conv1\.weight"):
+        made(tmp_path, weights, detector=detector)
+
+
+@pytest.mark.parametrize("detector", ["c4", "fpn"])
+def test_a_stride_in_the_first_convolution_is_refused(tmp_path, weights, detector, monkeypatch):
+    """All tensors are in their places, and the maps are others."""
+
+    def strided(architecture, state):
+        found = build(architecture, state)
+        for name in ("layer2", "layer3", "layer4"):
+            first = getattr(found, name)[0]
+            first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
+        return found
+
+    build = checkpoint.build
+    monkeypatch.setattr(checkpoint, "build", strided)
+    with pytest.raises(BadInput, match="features of a fixed input do not agree"):
+        made(tmp_path, weights, detector=detector)
+
+
+def test_images_are_rgb_and_divided_by_the_standard_deviation(tmp_path, weights):
+    Image.new("RGB", (80, 60), (200, 100, 50)).save(tmp_path / "photo.png")
+    line = image("photo", file_name=str(tmp_path / "photo.png"))
+    batch = made(tmp_path, weights)[0]._batch([engine.pixels(engine.resized(line, 60, 100))])
+    expected = [(200 - 123.675) / 58.395, (100 - 116.28) / 57.12, (50 - 103.53) / 57.375]
+    assert batch.amin((0, 2, 3)).tolist() == pytest.approx(expected, rel=1e-5)
+    assert batch.amax((0, 2, 3)).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_batch_must_divide():

@@ -116,7 +116,13 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(voc, backbone, tmp_pat
     assert (unbroken.details["schedule"], unbroken.details["variant"]) == (schedule, "moco")
     assert unbroken.details["seconds_per_iteration"] > 0
     assert (unbroken.details["processes"], unbroken.details["peak_memory_gb"] > 0) == (1, True)
-    assert unbroken.details["load"] == {"expected": 120, "loaded": 120, "unmatched": []}
+    load = unbroken.details["load"]
+    assert {key: load[key] for key in ("expected", "loaded", "unmatched")} == {
+        "expected": 120,
+        "loaded": 120,
+        "unmatched": [],
+    }
+    assert set(load["largest_relative_difference"]) == {"feature4", "feature5"}
     assert unbroken.details["engine"] == "torchvision"
 
     update = engine.step
