@@ -18,6 +18,7 @@ import importlib.util
 import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -311,13 +312,20 @@ class Clock:
         self.before, self.began = state["seconds"], time.monotonic()
 
 
-def usage(clock: Clock, seconds_per_iteration: float, processes: int) -> Json:
-    """Return what a training took: `seconds` by the clock, what was lost to kills left out; memory of a GPU,
-    or of the CPU.
-    """
+def peak_memory_gb() -> float:
+    """Return the most memory that was in use: of this process's GPU, or of the CPU, all that was resident."""
     import torch
 
-    from simclr.training_log import peak_memory_gb
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def usage(clock: Clock, seconds_per_iteration: float, processes: int) -> Json:
+    """Return what a training took: `seconds` by the clock, what was lost to kills left out; the first
+    process's memory.
+    """
+    import torch
 
     return {
         "processes": processes,

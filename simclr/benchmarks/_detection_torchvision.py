@@ -37,7 +37,6 @@ from simclr.benchmarks import _detection
 from simclr.benchmarks._detection_model import Detector, Res5, build, detector_key, not_empty, paste_mask
 from simclr.distributed import process_group, rank, world_size
 from simclr.results import replacing
-from simclr.training_log import peak_memory_gb
 
 Json = dict[str, Any]
 REPORT_EVERY = 20  # iterations, as Detectron2
@@ -356,7 +355,8 @@ class Progress:
         if rank() == 0:
             print(
                 f"iteration {done}/{self.iterations}  {values}  lr {lr:.2g}  "
-                f"{self.seconds_per_iteration:.2f} s/iteration  {peak_memory_gb():.1f} GB  {left} left",
+                f"{self.seconds_per_iteration:.2f} s/iteration  {_detection.peak_memory_gb():.1f} GB  "
+                f"{left} left",
                 file=sys.stderr,
                 flush=True,
             )
