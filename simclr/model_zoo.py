@@ -47,6 +47,9 @@ class Reference(Closed):
     values: dict[Literal[BENCHMARKS], dict[str, FiniteFloat]] = Field(
         min_length=1, description="Benchmark → metric → value, as COLUMNS names them."
     )
+    variants: dict[Literal[BENCHMARKS], str] = Field(
+        {}, description="Benchmark → the variant of its protocol, for each that has several."
+    )
 
     @model_validator(mode="after")
     def _columns_exist(self) -> Reference:
@@ -57,10 +60,25 @@ class Reference(Closed):
         return self
 
     @model_validator(mode="after")
+    def _variants_are_told(self) -> Reference:
+        for benchmark in {**self.values, **self.variants}:
+            found, known = self.variants.get(benchmark), _variants(benchmark)
+            if found not in (known or (None,)):
+                raise ValueError(
+                    f"variants: expected for {benchmark} {' or '.join(known) or 'none'}; {found}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _like_for_like_has_a_recipe(self) -> Reference:
         if self.like_for_like and self.recipe is None:
             raise ValueError("like_for_like: true needs `recipe`, with which a model's recipe is compared")
         return self
+
+
+def _variants(benchmark: str) -> tuple[str, ...]:
+    """Return the variants of a benchmark's protocol; none for most."""
+    return tuple(getattr(load(benchmark).Config, "variants", ()))
 
 
 class Row(NamedTuple):
@@ -242,7 +260,8 @@ def _section(
     folder: Path,
 ) -> list[Block]:
     columns = [(name, key, column) for name in names for key, column in load(name).COLUMNS.items()]
-    table, footnotes = [], []
+    table, footnotes, every = [], [], rows
+    rows = {pair: row for pair, row in rows.items() if not _other_variant(row.record, config)}
     for model, block in config.models.items():
         ours = {name: rows[model, name].record for name in names if (model, name) in rows}
         table.append([Cell(model), *(Cell(_value(ours.get(name), key, c)) for name, key, c in columns)])
@@ -253,11 +272,11 @@ def _section(
             if not any(name in reference.values for name in names):
                 continue
             differs = _differs(reference, list(ours.values()), config)
-            footnotes.append(_footnote(len(footnotes) + 1, reference, differs))
+            footnotes.append(_footnote(len(footnotes) + 1, reference, names, differs))
             label = Cell(f"published [{len(footnotes)}]", emphasis=True)
             cells = (Cell(_published(reference, ours.get(n), n, k, c), emphasis=True) for n, k, c in columns)
             table.append([label, *cells])
-    notes = [*footnotes, *_protocols(names, rows), *_reasons(names, rows, config, folder)]
+    notes = [*footnotes, *_protocols(names, rows), *_reasons(names, every, config, folder)]
     header = ["Model", *(column.heading for _, _, column in columns)]
     return [Heading(2, heading), Table(header, table), Notes(notes), *_curves(names, rows, folder)]
 
@@ -284,9 +303,20 @@ def _published(reference: Reference, ours: results.Record | None, name: str, key
     if value is None:
         return ""
     text = column.format.format(value)
-    if ours is None or key not in ours.metrics or not column.unit:
+    if ours is None or key not in ours.metrics or not column.unit or not _same_variant(reference, ours):
         return text
     return f"{text} ({ours.metrics[key] - value:+.2f})"
+
+
+def _same_variant(reference: Reference, ours: results.Record) -> bool:
+    return reference.variants.get(ours.benchmark) == ours.config.get("variant")
+
+
+def _other_variant(record: results.Record, config: Config) -> str | None:
+    """Return the variant of a record where the config asks for another: they do not share a table."""
+    block = getattr(config.benchmarks, record.benchmark)
+    found = record.config.get("variant")
+    return None if block is None or found == getattr(block, "variant", found) else str(found)
 
 
 def _differs(reference: Reference, ours: list[results.Record], config: Config) -> list[str]:
@@ -296,7 +326,11 @@ def _differs(reference: Reference, ours: list[results.Record], config: Config) -
         said.append("data (see the top of the page)")
     if reference.recipe is not None and _recipe_differs(reference, config):
         said.append("weights (see Models)")
-    if any(_deviations(r, exclude={"version", "engine"}) for r in ours if r.benchmark in reference.values):
+    if any(
+        _deviations(each, exclude={"version", "engine"}) or not _same_variant(reference, each)
+        for each in ours
+        if each.benchmark in reference.values
+    ):
         said.append("protocol (see below)")
     return said
 
@@ -310,7 +344,7 @@ def _recipe_differs(reference: Reference, config: Config) -> str:
     return _difference(source.model_dump(mode="json"), theirs, "published", draw)
 
 
-def _footnote(number: int, reference: Reference, differs: list[str]) -> str:
+def _footnote(number: int, reference: Reference, names: tuple[str, ...], differs: list[str]) -> str:
     note = reference.note.strip()
     if not reference.like_for_like:
         note = f"not like for like: {note}"
@@ -318,7 +352,8 @@ def _footnote(number: int, reference: Reference, differs: list[str]) -> str:
         note = f"like for like: {note}"
     if differs:
         note += f"; but this run differs from the published one in {', '.join(differs)}"
-    return f"[{number}] {reference.source}; weights {reference.checkpoint}; {note}"
+    variants = "".join(f"; variant {reference.variants[n]}" for n in names if n in reference.variants)
+    return f"[{number}] {reference.source}; weights {reference.checkpoint}{variants}; {note}"
 
 
 def _protocols(names: tuple[str, ...], rows: Rows) -> list[str]:
@@ -341,6 +376,8 @@ def _protocol(record: results.Record) -> str:
     changed = _deviations(record, exclude={"version"})
     trials = sorted({spread.trials for spread in record.spread.values()})
     said = [f"protocol version {record.protocol_version}"]
+    if "variant" in record.config:
+        said.append(f"variant {record.config['variant']}")
     if "engine" in record.details:
         said.append(f"engine {record.details['engine']}")
     if trials:
@@ -352,7 +389,10 @@ def _protocol(record: results.Record) -> str:
 
 
 def _deviations(record: results.Record, exclude: set[str]) -> str:
-    defaults = load(record.benchmark).Config().model_dump(mode="json")
+    """Return in what a record's protocol differs from the defaults of its variant."""
+    variant = record.config.get("variant")
+    chosen = {"variant": variant} if variant in _variants(record.benchmark) else {}
+    defaults = load(record.benchmark).Config(**chosen).model_dump(mode="json")
     return _difference(record.config, defaults, "protocol", exclude)
 
 
@@ -366,6 +406,8 @@ def _reasons(names: tuple[str, ...], rows: Rows, config: Config, folder: Path) -
                 why = "the config leaves it out" if left_out else "not among the model's `benchmarks:`"
             elif (model, name) not in rows:
                 why = "no record yet" + _last_words(folder / model, config.models[model].source, name)
+            elif other := _other_variant(rows[model, name].record, config):
+                why = f"its record is of variant {other}, not of the config's; run `snakemake all`"
             elif missing := [k for k in load(name).COLUMNS if k not in rows[model, name].record.metrics]:
                 why = f"the record has no {', '.join(missing)}"
             else:

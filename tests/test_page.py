@@ -240,6 +240,49 @@ def test_the_engine_is_named(tmp_path):
     assert "engine torchvision" in made(tmp_path, a_config("a", voc0712_detection={}), record)
 
 
+def coco(variant):
+    config = load("coco2017_detection").Config(variant=variant).model_dump(mode="json")
+    metrics = {"box_ap": 38.0, "box_ap50": 58.0, "box_ap75": 42.0}
+    masks = {"mask_ap": 34.0, "mask_ap50": 55.0, "mask_ap75": 37.0}
+    return a_record(ZOO, "coco2017_detection", metrics | masks, config=config)
+
+
+@pytest.mark.parametrize(
+    ("variant", "compared"),
+    [
+        ("fpn_1x", {"39.6": False, "38.7": False}),
+        ("c4_2x", {"39.6": False, "38.7": False}),
+        ("mmselfsup_c4_2x", {"39.6": True, "38.7": False}),
+        ("mmselfsup_fpn_1x", {"39.6": False, "38.7": True}),
+    ],
+)
+def test_a_published_row_is_compared_with_a_run_of_its_variant_only(tmp_path, variant, compared):
+    """OpenSelfSup's 39.6 is of Detectron2's C4, long edge 1200; MMSelfSup's 38.7 is MMDetection's."""
+    page = made(tmp_path, a_config(ZOO, coco2017_detection={"variant": variant}), coco(variant))
+    table = section(page, "COCO2017 Detection and Instance Segmentation")
+    for value, expected in compared.items():
+        (row,) = (line for line in table.splitlines() if f"*{float(value):.2f}" in line)
+        assert (f"{float(value):.2f} (" in row) == expected, row
+    assert f"variant {variant}; the protocol's defaults" in table.replace("\\_", "_")
+    assert "variant mmselfsup_c4_2x; not like for like" in table.replace("\\_", "_")
+
+
+def test_records_of_two_variants_never_share_a_table(tmp_path):
+    page = made(tmp_path, a_config(ZOO, coco2017_detection={"variant": "c4_1x"}), coco("c4_2x"))
+    table = section(page, "COCO2017 Detection and Instance Segmentation").replace("\\_", "_")
+    assert "38.00" not in table
+    assert "its record is of variant c4_2x, not of the config's" in table
+
+
+@pytest.mark.parametrize("variants", [{}, {"voc0712_detection": "mocov3"}, {"imagenet_knn": "moco"}])
+def test_a_published_row_tells_its_variant(tmp_path, variants):
+    row = {"model": "a", "source": "s", "checkpoint": "c", "like_for_like": False, "note": "n"}
+    row |= {"values": {"voc0712_detection": {"ap50": 1.0}}, "variants": variants}
+    (tmp_path / "published.yaml").write_text(yaml.safe_dump([row]))
+    with pytest.raises(BadInput, match="variants: expected for"):
+        model_zoo.read_published(tmp_path / "published.yaml")
+
+
 def test_other_data_than_the_published_is_said_first(tmp_path):
     config = parse(
         Config,
