@@ -24,6 +24,7 @@ PACKAGE = {
     "scipy": "scikit-learn",
     "mmseg": "onedl-mmsegmentation",
     "mmengine": "onedl-mmengine",
+    "mmcv": "onedl-mmcv",
 }
 # What the steps of each environment start from; the main one runs all but the code of the other two.
 STARTS = {
@@ -45,7 +46,7 @@ STARTS = {
 # Imported inside functions that the other environments never call.
 OWN = {
     "detectron2": {"detectron2"},
-    "mmseg": {"onedl-mmsegmentation", "onedl-mmengine"},
+    "mmseg": FORK,
     "simclr": {"scikit-learn", "cityscapesscripts"},
 }
 SAME = {
