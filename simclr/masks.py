@@ -124,6 +124,8 @@ def _make_all(make: Callable[[Path, Path], None], jobs: list[tuple[Path, Path]],
     Raises `BadInput` where the dataset's folder cannot be written to.
     """
     jobs = [(source, output) for source, output in jobs if not output.exists()]
+    if not jobs:
+        return
     for folder in sorted({output.parent for _, output in jobs}):
         _check_writable(folder)
     cores = len(os.sched_getaffinity(0)) if len(jobs) >= PLENTY else 1

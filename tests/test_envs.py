@@ -23,6 +23,7 @@ PACKAGE = {
     "sklearn": "scikit-learn",
     "scipy": "scikit-learn",
     "mmseg": "onedl-mmsegmentation",
+    "mmcv": "onedl-mmcv",
     "mmengine": "onedl-mmengine",
     "mmcv": "onedl-mmcv",
 }

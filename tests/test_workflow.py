@@ -304,6 +304,26 @@ def test_the_report_has_the_sections_of_the_page_and_needs_no_network(finished):
     assert not re.search(r"""<(script|link|img)[^>]+(src|href)=["']https?:""", report)
 
 
+@pytest.mark.parametrize(
+    ("gpus", "batch", "launched"), [(6, 16, 4), (6, 9, 3), (8, 8, 8), (3, 16, 2), (5, 7, 1)]
+)
+def test_segmentation_takes_the_gpus_that_divide_its_batch(clone, gpus, batch, launched):
+    def change(content):
+        content["models"]["simclr"].update(gpus=gpus)
+        content["benchmarks"]["cityscapes_segmentation"].update(batch_size=batch)
+
+    call = snakemake(clone, "-n", "-p", "cityscapes_segmentation", *edited(clone, change))
+    assert call.status == 0, call.said
+    (start,) = re.findall(
+        r"^Shell command: (.*)-m simclr cityscapes_segmentation --model simclr ", call.said, re.M
+    )
+    several = f"torchrun --standalone --nproc-per-node={launched} "
+    assert start.endswith(several) if launched > 1 else start == "python "
+    (alone,) = re.findall(r"^Shell command: (.*) -m simclr cityscapes\w* --model random", call.said, re.M)
+    assert alone == "CUDA_VISIBLE_DEVICES= python"
+    assert "--picture results/demo/simclr/cityscapes_segmentation.png" in call.said
+
+
 def test_model_zoo_runs_nothing_but_the_page(finished):
     (finished / "results/demo/simclr/imagenet_knn.json").unlink()
     assert snakemake(finished, "-n", "model_zoo", *DEMO).jobs() == {"model_zoo": 1}

@@ -15,9 +15,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from mmengine.registry import DefaultScope
+from mmseg.registry import DATASETS
 from PIL import Image
+from safetensors.torch import save_file
 
 from simclr import BadInput, datasets, distributed, results, rolling
+from simclr.__main__ import main
 from simclr.benchmarks import _segmentation, _segmentation_config
 from simclr.benchmarks.voc12aug_segmentation import Config, evaluate
 from simclr.checkpoint import Backbone, save_backbone
@@ -222,6 +226,7 @@ def test_processes_that_see_different_folders_are_refused(tmp_path, monkeypatch)
 
 KILLED = """
 import os, signal, sys
+from simclr.__main__ import main
 from simclr.__main__ import main
 from simclr.benchmarks import _segmentation, _segmentation_config
 
@@ -434,3 +439,109 @@ def test_a_batch_that_cannot_be_dealt_is_refused(tmp_path, dataset, monkeypatch)
     monkeypatch.setattr(_segmentation_config, "world_size", lambda: 4)
     with pytest.raises(BadInput, match="multiple of the 4 processes, found 6"):
         _segmentation_config.settings(Config(batch_size=6), "resnet50", dataset("voc12aug"), tmp_path, "cuda")
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def said(capsys):
+    """The last line on standard error."""
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.fixture
+def own_images(demo_data, demo_block, tmp_path):
+    """A verified copy of the miniature VOC to damage: its folder VOC2012."""
+    root = shutil.copytree(demo_data / "VOCdevkit", tmp_path / "VOCdevkit")
+    values = demo_block("voc12aug").model_copy(update={"root": root})
+    datasets.verify("voc12aug", values, tmp_path / "manifests/voc12aug.json")
+    return root / "VOC2012"
+
+
+def remove(path):
+    path.unlink()
+
+
+def shrink(path):
+    Image.open(path).crop((0, 0, 20, 10)).save(path)
+
+
+def mislabel(path):
+    pixels = np.array(Image.open(path))
+    pixels[:] = 21
+    Image.fromarray(pixels).save(path)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+FAULTS = [
+    ("val", "SegmentationClass/{}.png", mislabel, "expected class numbers 0 to 20 or 255, found 21"),
+    ("val", "SegmentationClass/{}.png", shrink, "the size of its image, found 20 × 10"),
+    ("val", "SegmentationClass/{}.png", cut, "cannot be decoded"),
+    ("val", "SegmentationClass/{}.png", remove, "no such image"),
+    ("val", "JPEGImages/{}.jpg", remove, "no such image"),
+    ("val", "JPEGImages/{}.jpg", cut, "cannot be decoded"),
+    ("aug", "SegmentationClassAug/{}.png", mislabel, "expected class numbers 0 to 20 or 255, found 21"),
+    ("aug", "JPEGImages/{}.jpg", remove, "no such image"),
+]
+
+
+@pytest.mark.parametrize(("split", "name", "damage", "words"), FAULTS)
+def test_what_changed_since_it_was_verified_is_named(
+    tmp_path, backbone, own_images, split, name, damage, words
+):
+    """As MMSegmentation's pipelines meet it, in training and in test."""
+    voc = datasets.Dataset.open(tmp_path / "manifests/voc12aug.json")
+    built = _segmentation_config.settings(Config(**TINY), ARCHITECTURE, voc, tmp_path, "cpu")
+    images, _ = datasets.segmentation(voc, split)
+    path = own_images / name.format(images[0].stem)
+    damage(path)
+    parts = {"val": built.test_dataloader.dataset, "aug": built.train_dataloader.dataset.dataset.datasets[1]}
+    with DefaultScope.overwrite_default_scope("mmseg"), pytest.raises(BadInput) as error:
+        DATASETS.build(parts[split])[0]
+    assert str(error.value).startswith(f"{path}: ")
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_missing_in_the_test_ends_with_one_sentence(tmp_path, backbone, own_images, workers, capsys):
+    voc = datasets.Dataset.open(tmp_path / "manifests/voc12aug.json")
+    images, _ = datasets.segmentation(voc, "val")
+    images[3].unlink()
+    config = Config(**TINY | {"iterations": 1, "workers": workers})
+    record = tmp_path / "record.json"
+    assert main(arguments(tmp_path, backbone, config, tmp_path / "work", output=record)) == 2
+    assert said(capsys).startswith(f"simclr: {images[3]}: no such image; restore it")
+    assert not record.exists()
+
+
+def test_a_backbone_of_another_depth_is_refused(tmp_path, dataset, capsys):
+    dataset("voc12aug")
+    path = tmp_path / "backbone.safetensors"
+    save_file(resnet(ARCHITECTURE).state_dict(), path, {"architecture": "resnet34_w0.125"})
+    command = arguments(tmp_path, SimpleNamespace(path=path), Config(**TINY), tmp_path / "work")
+    assert main([*command, "--output", str(tmp_path / "record.json")]) == 2
+    sentence = said(capsys)
+    assert sentence.startswith(
+        f"simclr: {path}: expected exactly the 216 tensors of resnet34_w0.125; missing:"
+    )
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("missing", ["mmseg", "mmcv", "mmengine"])
+def test_without_mmsegmentation_one_sentence_says_what_to_install(tmp_path, backbone, dataset, missing):
+    dataset("voc12aug")
+    command = arguments(
+        tmp_path, backbone, Config(**TINY), tmp_path / "work", output=tmp_path / "record.json"
+    )
+    hidden = f"import sys; sys.modules[{missing!r}] = None\nfrom simclr.__main__ import main\n"
+    run = [sys.executable, "-c", hidden + "sys.exit(main(sys.argv[1:]))", *command]
+    ended = subprocess.run(run, capture_output=True, text=True)
+    assert ended.returncode == 2
+    (sentence,) = ended.stderr.splitlines()
+    assert sentence.startswith("simclr: MMSegmentation cannot be imported")
+    assert missing in sentence
+    assert "`uv sync`" in sentence
+    assert "envs/mmseg.yaml" in sentence
