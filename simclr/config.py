@@ -78,7 +78,7 @@ class Datasets(Closed):
     inat18: INat18 | None = Field(None, description="train_val2018/ and {train,val}2018.json.")
     voc0712: VOC0712 | None = Field(None, description="VOCdevkit with VOC2007 and VOC2012, for detection.")
     coco2017: COCO2017 | None = Field(None, description="train2017/, val2017/, annotations/.")
-    voc12aug: VOC12Aug | None = Field(None, description="VOCdevkit with VOC2012 and SegmentationClassAug.")
+    voc12aug: VOC12Aug | None = Field(None, description="VOCdevkit with VOC2012, and SBD or its masks.")
     cityscapes: Cityscapes | None = Field(None, description="leftImg8bit/ and gtFine/.")
 
 

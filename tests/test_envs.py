@@ -25,7 +25,6 @@ PACKAGE = {
     "mmseg": "onedl-mmsegmentation",
     "mmcv": "onedl-mmcv",
     "mmengine": "onedl-mmengine",
-    "mmcv": "onedl-mmcv",
 }
 # What the steps of each environment start from; the main one runs all but the code of the other two.
 STARTS = {

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 IMAGES = 4  # rows of a sheet
 EDGE = 480  # pixels of the longest edge of a picture
 MARGIN, LINE = 8, 22  # pixels between pictures, and of a line of text
+HEADING = 110  # pixels that the heading of a column takes
 VOID_COLOUR = (255, 255, 255)
 
 Row = tuple[Image.Image, np.ndarray, np.ndarray]  # image, ground truth, prediction
@@ -31,6 +32,7 @@ def draw(rows: Sequence[Row], names: Sequence[str], palette: Sequence[Sequence[i
     colours[: len(palette)] = palette
     pictures = [_pictures(row, colours) for row in rows]
     width, height = (max(row[0].size[axis] for row in pictures) + MARGIN for axis in (0, 1))
+    width = max(width, HEADING)
     entries = _legend(rows, names)
     lines = _lines(entries, 3 * width)
     size = (3 * width + MARGIN, LINE + len(rows) * height + LINE * len(lines) + MARGIN)

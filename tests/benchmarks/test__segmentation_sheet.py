@@ -26,8 +26,8 @@ def row(width, height, truth=1, prediction=2):
 
 
 def test_image_truth_and_prediction_stand_side_by_side_in_the_palettes_colours():
-    made = np.asarray(sheet.draw([row(60, 40), row(50, 45, truth=255)], NAMES, PALETTE))
-    width, height = 60 + sheet.MARGIN, 45 + sheet.MARGIN
+    made = np.asarray(sheet.draw([row(160, 40), row(50, 45, truth=255)], NAMES, PALETTE))
+    width, height = 160 + sheet.MARGIN, 45 + sheet.MARGIN
     for y, truth in ((0, (10, 20, 30)), (1, (255, 255, 255))):
         for x, colour in enumerate([(200, 0, 0), truth, (40, 50, 60)]):
             pixel = made[sheet.LINE + y * height + 20, sheet.MARGIN + x * width + 25]
