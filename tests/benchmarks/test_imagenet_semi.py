@@ -91,15 +91,20 @@ def labelled(n=20):
 
 def test_the_best_held_out_cell_is_refitted_and_val_seen_once(tmp_path):
     config = imagenet_semi.Config(lrs=(1.0, 0.1), head_multipliers=(1, 10))
-    held_out_top1 = {(1.0, 1): None, (1.0, 10): 40.0, (0.1, 1): 60.0, (0.1, 10): 60.0}
+    held_out = {
+        (1.0, 1): (None, None),
+        (1.0, 10): (60.0, 94.0),
+        (0.1, 1): (60.0, 95.0),
+        (0.1, 10): (60.0, 95.0),
+    }
     calls = []
 
     def tune(train, test, lr, head_multiplier, folder):
         calls.append((len(train), len(test), lr, head_multiplier, folder.name))
         if folder.name == "refit":
             return {"top1": 70.0, "top5": 90.0, "curve": [1]}
-        top1 = held_out_top1[lr, head_multiplier]
-        return {"top1": top1, "top5": None if top1 is None else 95.0, "curve": [0]}
+        top1, top5 = held_out[lr, head_multiplier]
+        return {"top1": top1, "top5": top5, "curve": [0]}
 
     val = Samples(np.array(["v.jpg"]), np.array([0]))
     result, details = _semi.choose_and_refit(tune, labelled(), val, config, tmp_path)
@@ -110,9 +115,9 @@ def test_the_best_held_out_cell_is_refitted_and_val_seen_once(tmp_path):
         (16, 4, 0.1, 1, "lr0.1_head1"),
         (16, 4, 0.1, 10, "lr0.1_head10"),
     ]
-    assert calls[-1] == (20, 1, 0.1, 1, "refit")  # the first of two equal cells, on everything
+    assert calls[-1] == (20, 1, 0.1, 1, "refit")  # the first of the two best cells, on everything
     assert details["chosen"] == {"lr": 0.1, "head_multiplier": 1}
-    assert [cell["top1"] for cell in details["held_out_accuracy"]] == [None, 40.0, 60.0, 60.0]
+    assert [cell["top1"] for cell in details["held_out_accuracy"]] == [None, 60.0, 60.0, 60.0]
     assert set(details["held_out_accuracy"][0]) == {"lr", "head_multiplier", "top1", "top5"}
 
 
@@ -151,6 +156,7 @@ def test_everything_is_fine_tuned_at_its_own_rate(few_images, small_backbone, tm
     # The result is kept, the large state is not; asked again, nothing is trained.
     assert json.loads((tmp_path / "cell/result.json").read_text()) == result
     assert [row["epoch"] for row in result["curve"]] == [1, 2]
+    assert [row["lr"] for row in result["curve"]] == pytest.approx([0.02, 0.02 / 5])  # after the milestone
     assert not list((tmp_path / "cell").glob("*.pt"))
     monkeypatch.setattr(_semi, "fit", None)
     assert _semi.fine_tune(*arguments) == result
@@ -189,6 +195,21 @@ def test_the_published_list_is_used(monkeypatch):
     assert asked == ["train_10percent"]
     with pytest.raises(BadInput, match="expected labels 0…0, found 1"):
         _semi.labelled_subset(SimpleNamespace(name="imagenet", classes=1), None, 1, imagenet_semi.Config())
+
+
+def test_each_share_of_the_labels_has_its_own_subset_and_weight_decay(
+    few_images, small_backbone, tmp_path, monkeypatch
+):
+    asked = {}
+
+    def chosen(tune, labelled, val, config, folder):
+        asked[folder.name] = (len(labelled), len(val), tune.args[-1])
+        return {"top1": 1.0, "top5": 2.0, "curve": []}, {}
+
+    monkeypatch.setattr(_semi, "choose_and_refit", chosen)
+    config = MINIATURE.model_copy(update={"weight_decay_1percent": 0.5, "weight_decay_10percent": 0.1})
+    imagenet_semi.evaluate(small_backbone, few_images(20, 3), config, tmp_path)
+    assert asked == {"1percent": (2, 30, 0.5), "10percent": (20, 30, 0.1)}
 
 
 def test_a_list_that_is_not_balanced_or_names_an_image_twice_is_refused():
