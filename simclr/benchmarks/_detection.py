@@ -393,6 +393,13 @@ def _measured(
             f"the detector found nothing above score_threshold in {len(truth)} test images, so there is no "
             "AP; train for more iterations or with another lr"
         )
+    numbers = np.array([[*each["bbox"], each["score"]] for each in detections])
+    wrong = np.flatnonzero(~np.isfinite(numbers).all(1))
+    if len(wrong):
+        raise BadInput(
+            f"{len(wrong)} of {len(detections)} detections are no finite numbers, the first in image "
+            f"{detections[wrong[0]]['image_id']}, so there is no AP; train again with a lower lr"
+        )
     return measure(truth, detections, classes)
 
 
@@ -567,7 +574,7 @@ def _area(box: list[float]) -> float:
 
 # ---------------------------------------------------------------- the picture
 
-TILE = 320  # pixels of the longer edge
+TILE, HEADER = 320, 20  # pixels: longer edge of an image, height of the headings
 
 
 def draw(
@@ -580,24 +587,29 @@ def draw(
 ) -> None:
     """Draw test images, evenly spaced in their list: the objects left, the detections right of them.
 
-    Only detections of score `least` and more are drawn, the surest last. Masks are tinted; a class has one
-    colour.
+    Drawn are detections of score `least` and more, and of an image without that many as many as it has
+    objects; the surest last. Masks are tinted; a class has one colour.
     """
-    from PIL import Image
+    from PIL import Image, ImageDraw
 
     from simclr.datasets import decode
 
     chosen = [truth[i] for i in sorted(set(np.linspace(0, len(truth) - 1, images).round().astype(int)))]
-    ids = {image["image_id"] for image in chosen}
-    sure = [each for each in detections if each["image_id"] in ids and each["score"] >= least]
-    sheet = Image.new("RGB", (4 * TILE, -(-len(chosen) // 2) * TILE))
+    found: dict[Any, list[Json]] = {image["image_id"]: [] for image in chosen}
+    for each in sorted(detections, key=lambda each: -each["score"]):
+        if each["image_id"] in found:
+            found[each["image_id"]].append(each)
+    sheet = Image.new("RGB", (4 * TILE, HEADER + -(-len(chosen) // 2) * TILE))
+    for column in range(4):
+        heading = "detections" if column % 2 else "objects"
+        ImageDraw.Draw(sheet).text((column * TILE + 4, 4), heading, fill="white")
     for i, image in enumerate(chosen):
         photo = decode(Path(image["file_name"]), (image["width"], image["height"]))
-        found = [each for each in sure if each["image_id"] == image["image_id"]]
-        found.sort(key=lambda each: each["score"])
-        for side, objects in enumerate((image["annotations"], found)):
-            tile = _tile(photo, objects, classes)
-            sheet.paste(tile, ((2 * (i % 2) + side) * TILE, i // 2 * TILE))
+        objects, detected = image["annotations"], found[image["image_id"]]
+        detected = [d for rank, d in enumerate(detected) if d["score"] >= least or rank < len(objects)]
+        for side, several in enumerate((objects, reversed(detected))):
+            tile = _tile(photo, list(several), classes)
+            sheet.paste(tile, ((2 * (i % 2) + side) * TILE, HEADER + i // 2 * TILE))
     with replacing(path) as part:
         sheet.save(part, format="PNG")
 

@@ -140,6 +140,14 @@ def test_no_detection_is_no_number():
         _detection._measured(_detection.voc_metrics, [image("a", ((0, 0, 9, 9), 0, False))], [], CLASSES)
 
 
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_detections_that_are_no_numbers_are_no_ap(score):
+    found = [detection("a", (0, 0, 9, 9), 0.9), detection("b", (0, 0, 9, 9), score)]
+    truth = [image("a", ((0, 0, 9, 9), 0, False))]
+    with pytest.raises(BadInput, match="1 of 2 detections are no finite numbers, the first in image b"):
+        _detection._measured(_detection.voc_metrics, truth, found, CLASSES[:1])
+
+
 def square(box):
     x0, y0, x1, y1 = map(float, box)
     return [[x0, y0, x1, y0, x1, y1, x0, y1]]
@@ -486,6 +494,14 @@ def test_a_diverged_loss_stops_training():
         engine.step(None, {"loss_box_reg": torch.tensor(float("nan"))}, 3)
 
 
+def test_proposals_that_are_no_numbers_stop_training(tmp_path, weights):
+    proposals = made(tmp_path, weights)[0].rpn
+    boxes, logits = torch.tensor([[0, 0, float("nan"), 9.0]]), torch.zeros(1)
+    with pytest.raises(BadInput, match=r"diverged.*lower lr"):
+        proposals._suppress(boxes, logits, torch.zeros(1), (60, 80))
+    assert len(proposals.eval()._suppress(boxes, logits, torch.zeros(1), (60, 80))[0]) == 0
+
+
 def test_a_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, capsys):
     detector = torch.nn.Linear(2, 1)
     optimizer, clock = torch.optim.SGD(detector.parameters(), lr=0.1), _detection.Clock()
@@ -517,7 +533,7 @@ def test_an_image_is_turned_only_when_its_boxes_are(tmp_path):
     assert np.array_equal(upright, as_stored.transpose(Image.Transpose.ROTATE_270))
     _detection.draw([line], [], CLASSES, tmp_path / "detections.png")
     with Image.open(tmp_path / "detections.png") as sheet:
-        assert sheet.getpixel((160, 250)) == (0, 0, 0)  # 320 × 240, wider than high, above black
+        assert sheet.getpixel((160, 270)) == (0, 0, 0)  # 320 × 240, wider than high, above black
 
 
 def test_the_sheet_shows_objects_left_and_detections_right(tmp_path):
@@ -527,14 +543,14 @@ def test_the_sheet_shows_objects_left_and_detections_right(tmp_path):
     truth = [image(i, (box, 0, False), file_name=str(tmp_path / "grey.png")) for i in range(11)]
     for each in truth[0]["annotations"]:
         each["segmentation"] = square(box)
-    found = [{**coco_detection(2, box, 0.9), "category_id": 1}, detection(2, (0, 0, 9, 9), 0.2)]
+    found = [{**coco_detection(2, box, 0.2), "category_id": 1}, detection(2, (15, 5, 25, 55), 0.1)]
     _detection.draw(truth, found, CLASSES, tmp_path / "a.png")
     _detection.draw(truth, list(reversed(found)), CLASSES, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with Image.open(tmp_path / "a.png") as sheet:
-        assert sheet.size == (4 * 320, 3 * 320)
+        assert sheet.size == (4 * 320, 20 + 3 * 320)
         centre, edge, grey = (160, 120), (80, 120), (128, 128, 128)
-        tiles = [(x, y) for y in range(0, 960, 320) for x in range(0, 1280, 320)]
+        tiles = [(x, y) for y in range(20, 980, 320) for x in range(0, 1280, 320)]
         at = [[sheet.getpixel((x + point[0], y + point[1])) for x, y in tiles] for point in (centre, edge)]
     zero, one = at[1][0], at[1][3]
     assert len({zero, one, grey}) == 3

@@ -307,22 +307,38 @@ def decoded(detection):
 # ---------------------------------------------------------------- the whole engine
 
 
-@pytest.mark.parametrize("detector", DETECTORS)
-def test_a_run_killed_at_once_goes_on_and_detects(backbone, tmp_path, detector):
-    config = DETECTORS[detector].model_copy(update={"precise_bn": 1})
-    spec = {**spec_of(backbone, config, tmp_path), "engine": "detectron2"}
-    for name in ("train", "test"):
+@pytest.fixture
+def prepared(backbone, tmp_path):
+    """config → its spec file, with four images to train on and to test, and the result file."""
+
+    def prepare(config):
+        spec = {**spec_of(backbone, config, tmp_path), "engine": "detectron2"}
         lines = []
         for i in range(4):
-            path = tmp_path / f"{name}{i}.jpg"
+            path = tmp_path / f"{i}.jpg"
             Image.effect_noise((80, 60), 90).convert("RGB").save(path)
             scene = image(i, ((20, 10, 60, 50), i % 2, False), file_name=str(path))
             scene["annotations"][0]["segmentation"] = square((20, 10, 60, 50))
             lines.append(scene)
-        _detection.write_lines(tmp_path / f"{name}.jsonl", lines)
-        spec[name] = str(tmp_path / f"{name}.jsonl")
-    (tmp_path / "spec.json").write_text(json.dumps(spec))
-    files = [str(tmp_path / "spec.json"), str(tmp_path / "result.json")]
+        _detection.write_lines(tmp_path / "images.jsonl", lines)
+        spec["train"] = spec["test"] = str(tmp_path / "images.jsonl")
+        (tmp_path / "spec.json").write_text(json.dumps(spec))
+        return tmp_path / "spec.json", tmp_path / "result.json"
+
+    return prepare
+
+
+def test_a_diverging_training_is_one_sentence(prepared, monkeypatch):
+    monkeypatch.setenv("SIMCLR_DETECTRON2_PYTHON", sys.executable)
+    files = prepared(DETECTORS["c4"].model_copy(update={"lr": 1e12, "warmup_iterations": 0}))
+    with pytest.raises(BadInput, match=r"training diverged: .*; lower lr or warm up longer"):
+        _detection._run("detectron2", *files)
+
+
+@pytest.mark.parametrize("detector", DETECTORS)
+def test_a_run_killed_at_once_goes_on_and_detects(prepared, tmp_path, detector):
+    config = DETECTORS[detector].model_copy(update={"precise_bn": 1})
+    files = [str(path) for path in prepared(config)]
     command = [sys.executable, "-m", engine.__name__, *files]
     root = str(Path(engine.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root}
