@@ -19,16 +19,22 @@ rule coco2017_detection_record:
         "<results>/{model}/times/coco2017_detection.tsv"
     conda:
         "../../envs/detectron2.yaml"
-    threads: lambda wildcards: 8 * node_gpus(wildcards) or 1
+    threads: lambda wildcards: 8 * dividing_gpus(wildcards, "coco2017_detection") or 1
     resources:
-        gpu=node_gpus,
-        mem_mb=lambda wildcards, attempt: attempt * (3_000 + 48_000 * node_gpus(wildcards)),
-        runtime=lambda wildcards, attempt: attempt * minutes(trained_on("coco2017_detection"), per_second=10),
+        gpu=lambda wildcards: dividing_gpus(wildcards, "coco2017_detection"),
+        mem_mb=lambda wildcards, attempt: attempt
+        * (3_000 + 48_000 * dividing_gpus(wildcards, "coco2017_detection")),
+        runtime=lambda wildcards, attempt: attempt
+        * minutes(
+            trained_on("coco2017_detection"),
+            per_second=3 * max(1, dividing_gpus(wildcards, "coco2017_detection")),
+        ),
     params:
         config=benchmark_block("coco2017_detection"),
         work=work_folder("coco2017_detection"),
+        python=python,
     shell:
-        "python -m simclr coco2017_detection --model {wildcards.model} --backbone {input.backbone}"
+        "{params.python} -m simclr coco2017_detection --model {wildcards.model} --backbone {input.backbone}"
         " --dataset {input.dataset} --config {params.config:q} --work {params.work:q}"
         " --picture {output.picture} --output {output.record}"
         " > {log} 2>&1"

@@ -173,19 +173,24 @@ def feature_gpus(wildcards):
     return min(node_gpus(wildcards), 1 + images(wildcards.dataset, wildcards.split) // 100_000)
 
 
+def python(wildcards, resources):
+    """Return what starts one process; `resources` keeps it out of what is compared."""
+    return (
+        "python" if resources.gpu else "CUDA_VISIBLE_DEVICES= python"
+    )  # on the CPU, also where there is a GPU
+
+
 def launcher(wildcards, resources):
-    """Return what starts a process per GPU of one node; `resources` keeps it out of what is compared."""
-    if resources.gpu == 0:
-        return "CUDA_VISIBLE_DEVICES= python"  # on the CPU, also where there is a GPU
-    if resources.gpu == 1:
-        return "python"
+    """Return what starts a process per GPU of one node; for `resources` see `python`."""
+    if resources.gpu <= 1:
+        return python(wildcards, resources)
     # As an option it would be unknown to torch 2.8, and torchrun overwrites TORCHELASTIC_SIGNALS_TO_HANDLE.
     signals = "PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1"
     return f"{signals} torchrun --standalone --nproc-per-node={resources.gpu}"
 
 
 def launcher_over_nodes(wildcards, resources):
-    """Return what starts a process per GPU on each of the nodes of the job; for `resources` see `launcher`.
+    """Return what starts a process per GPU on each of the nodes of the job; for `resources` see `python`.
 
     The processes meet where `simclr.distributed` says, which holds after a requeue on other nodes, too.
     """

@@ -25,6 +25,7 @@ rule imagenet_knn_record:
         runtime=lambda wildcards, attempt: attempt * minutes(images("imagenet", "val"), per_second=50),
     params:
         config=benchmark_block("imagenet_knn"),
+        python=python,
     shell:
-        "python -m simclr imagenet_knn --model {wildcards.model} --train {input.train} --test {input.test}"
+        "{params.python} -m simclr imagenet_knn --model {wildcards.model} --train {input.train} --test {input.test}"
         " --config {params.config:q} --output {output} > {log} 2>&1"

@@ -19,16 +19,22 @@ rule voc0712_detection_record:
         "<results>/{model}/times/voc0712_detection.tsv"
     conda:
         "../../envs/detectron2.yaml"
-    threads: lambda wildcards: 8 * node_gpus(wildcards) or 1
+    threads: lambda wildcards: 8 * dividing_gpus(wildcards, "voc0712_detection") or 1
     resources:
-        gpu=node_gpus,
-        mem_mb=lambda wildcards, attempt: attempt * (3_000 + 32_000 * node_gpus(wildcards)),
-        runtime=lambda wildcards, attempt: attempt * minutes(trained_on("voc0712_detection"), per_second=20),
+        gpu=lambda wildcards: dividing_gpus(wildcards, "voc0712_detection"),
+        mem_mb=lambda wildcards, attempt: attempt
+        * (3_000 + 32_000 * dividing_gpus(wildcards, "voc0712_detection")),
+        runtime=lambda wildcards, attempt: attempt
+        * minutes(
+            trained_on("voc0712_detection"),
+            per_second=3 * max(1, dividing_gpus(wildcards, "voc0712_detection")),
+        ),
     params:
         config=benchmark_block("voc0712_detection"),
         work=work_folder("voc0712_detection"),
+        python=python,
     shell:
-        "python -m simclr voc0712_detection --model {wildcards.model} --backbone {input.backbone}"
+        "{params.python} -m simclr voc0712_detection --model {wildcards.model} --backbone {input.backbone}"
         " --dataset {input.dataset} --config {params.config:q} --work {params.work:q}"
         " --picture {output.picture} --output {output.record}"
         " > {log} 2>&1"
