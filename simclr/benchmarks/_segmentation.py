@@ -16,7 +16,7 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -53,6 +53,7 @@ class Job(NamedTuple):
     """A run on a machine."""
 
     config: Config
+    dataset: Dataset
     run: dict[str, Any]  # all that the result depends on
     folder: Path
     device: torch.device
@@ -73,18 +74,14 @@ def evaluate(
     run = inputs_of(backbone, dataset, config)
     with distributed.process_group() as device, results.workplace(work, run) as folder:
         torch.backends.cudnn.allow_tf32 = False  # float32 as published; TF32 has 10 bits
-        job = Job(config, run, folder, device)
+        job = Job(config, dataset, run, folder, device)
         base = settings(config, backbone.architecture, dataset, folder, device.type)
         check_dataset(base, dataset)
         state = read_checkpoint(train(job, base, backbone))
         started = time.monotonic()
         areas = test(job, base, state["state_dict"], picture)
         details = how(job, Cost(**state["cost"]), time.monotonic() - started)
-    if areas["images"] != dataset.images["val"]:
-        raise BadInput(
-            f"{dataset.root}: expected {dataset.images['val']} val images, tested {areas['images']}; verify "
-            "the dataset again"
-        )
+    check_count(dataset, ("val",), areas["images"])
     metrics = scores(areas)
     metrics.details |= {"images": areas["images"], **details}
     return metrics
@@ -99,6 +96,16 @@ def inputs_of(backbone: Backbone, dataset: Dataset, config: Config) -> dict[str,
         "dataset": dataset.dataset.model_dump(),
         "config": json.loads(protocol),
     }
+
+
+def check_count(dataset: Dataset, splits: Collection[str], found: int) -> None:
+    """Raise `BadInput` unless MMSegmentation has found as many images as were verified."""
+    expected = sum(dataset.images[split] for split in splits)
+    if found != expected:
+        raise BadInput(
+            f"{dataset.root}: expected {expected:,} images in {' and '.join(splits)}, found {found:,}; "
+            "verify the dataset again"
+        )
 
 
 # ---------------------------------------------------------------- what a run costs
@@ -276,6 +283,8 @@ def train(job: Job, base: Settings, backbone: Backbone) -> Path:
     runner = _runner(base, test_dataloader=None, test_cfg=None, test_evaluator=None, **resumed)
     if distributed.world_size() > 1 and job.device.type == "cpu":
         distributed.sync_batchnorm(_unwrapped(runner.model))  # MMSegmentation has it for GPUs only
+    splits = [split for split in job.dataset.images if split != "val"]
+    check_count(job.dataset, splits, len(runner.train_loop.dataloader.dataset))
     runner.register_hook(LoadBackbone(backbone.state(), job.folder / "backbone.json"), priority="LOWEST")
     runner.register_hook(Reseed(job.config.seed))
     with rolling.stop_signals() as signals:

@@ -46,12 +46,10 @@ def settings(config: Config, architecture: str, dataset: Dataset, folder: Path, 
     base.work_dir = str(folder)
     base.randomness = {"seed": config.seed}
     base.launcher = "pytorch" if world_size() > 1 else "none"
-    if world_size() > 1 and device == "cpu":
-        base.model_wrapper_cfg = {
-            "type": "MMDistributedDataParallel",
-            "device_ids": None,
-            "broadcast_buffers": False,
-        }
+    if world_size() > 1:
+        # The network stays on the device that the process has, which need not bear its number.
+        wrapper = {"type": "MMDistributedDataParallel", "device_ids": None, "broadcast_buffers": False}
+        base.model_wrapper_cfg = wrapper
     _set_model(base.model, config, architecture, device)
     _set_data(base, config, dataset, device)
     _set_schedule(base, config)

@@ -180,7 +180,7 @@ def test_a_foreign_pickle_is_refused_and_not_run(tmp_path, backbone, dataset):
 
 
 def job_in(folder, run, **config):
-    return _segmentation.Job(Config(**TINY | config), run, folder, torch.device("cpu"))
+    return _segmentation.Job(Config(**TINY | config), None, run, folder, torch.device("cpu"))
 
 
 def write_checkpoint(folder, iterations, run):
@@ -336,7 +336,7 @@ def test_a_run_that_is_asked_to_stop_loses_nothing(tmp_path, backbone, dataset, 
     voc, config = dataset("voc12aug"), Config(**TINY | {"checkpoint_every": 100, "workers": 1})
     command = arguments(tmp_path, backbone, config, tmp_path / "work", output=tmp_path / "record.json")
     command = [sys.executable, "-c", KILLED, "SIGTERM", "2", *command]
-    asked = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=300)
+    asked = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=900)
     assert asked.returncode == rolling.STOPPED
     assert "stopped after iteration 3 of 6; the same command goes on" in asked.stderr
     assert not (tmp_path / "record.json").exists()
@@ -382,7 +382,7 @@ def test_two_processes_train_as_one(tmp_path, backbone, dataset):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "PYTHONPATH": str(Path(datasets.__file__).parents[1])}
     subprocess.run(
-        [*launcher, "-m", "simclr", *command], check=True, env=environment, cwd=tmp_path, timeout=300
+        [*launcher, "-m", "simclr", *command], check=True, env=environment, cwd=tmp_path, timeout=900
     )
     (a,), (b,) = ((tmp_path / name).glob("*/iter_000000006.pth") for name in ("one", "two"))
     a, b = (_segmentation.read_checkpoint(path)["state_dict"] for path in (a, b))
@@ -517,6 +517,20 @@ def test_an_image_missing_in_the_test_ends_with_one_sentence(tmp_path, backbone,
     assert main(arguments(tmp_path, backbone, config, tmp_path / "work", output=record)) == 2
     assert said(capsys).startswith(f"simclr: {images[3]}: no such image; restore it")
     assert not record.exists()
+
+
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ("aug", "expected 81 images in aug and train, found 80"),
+        ("val", "expected 17 images in val, found 16"),
+    ],
+)
+def test_another_number_of_images_than_verified_is_refused(tmp_path, backbone, dataset, split, words):
+    voc = dataset("voc12aug")
+    voc.splits[split]["images"] += 1
+    with pytest.raises(BadInput, match=words):
+        evaluate(backbone, voc, Config(**TINY | {"iterations": 1}), tmp_path)
 
 
 def test_a_backbone_of_another_depth_is_refused(tmp_path, dataset, capsys):

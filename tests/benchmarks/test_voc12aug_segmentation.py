@@ -53,6 +53,7 @@ def test_norm_is_synchronised_over_gpus(dataset, tmp_path, monkeypatch):
     assert [part.norm_cfg.type for part in parts] == ["SyncBN"] * 3
     assert built.train_dataloader.batch_size == 4
     assert built.launcher == "pytorch"
+    assert built.model_wrapper_cfg.device_ids is None
 
 
 def test_data(built, dataset):
