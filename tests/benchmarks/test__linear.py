@@ -240,13 +240,13 @@ def test_divergence_stops_with_step_and_learning_rate(images, tmp_path):
 
 
 def test_accuracy_counts_by_hand(images, tmp_path):
-    labels = np.array([0, 1, 6, 6])
+    labels = np.array([0, 1, 5, 6])
     data = _images.Images(Samples(images.samples.paths[:4], labels), _images.still(CONFIG), 0)
     scores = torch.tensor(
         [
             [9.0, 0, 0, 0, 0, 0, 0],  # right
             [9, 8, 0, 0, 0, 0, 0],  # second
-            [6, 5, 4, 3, 2, 1, 0],  # last of seven
+            [6, 5, 4, 3, 2, 1, 0],  # sixth
             [0, 0, 0, 0, 0, 0, 0],  # all equal: the highest class ranks last
         ]
     )
@@ -257,6 +257,7 @@ def test_accuracy_counts_by_hand(images, tmp_path):
     seen = []
     heads = _linear.Heads({"x": nn.Identity()})
     assert _linear.accuracy(job(tmp_path), heads, data, given, 3) == {"x": 25, "x_top5": 50}
+    assert not heads.training
     scores[2], seen[:] = torch.nan, []
     with pytest.raises(_linear.Diverged, match="the classifier gives infinity or NaN"):
         _linear.accuracy(job(tmp_path), heads, data, given, 3)

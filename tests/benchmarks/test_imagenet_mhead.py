@@ -3,13 +3,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from simclr import BadInput
-from simclr.benchmarks import _linear, imagenet_mhead
+from simclr.benchmarks import _linear, imagenet_mhead, inat18_mhead, places205_mhead
 from simclr.model import GRID, SPECIFIED_POOLING, ResNet, pool_layer
 
 CHANNELS = {"feature1": 3, "feature2": 3, "feature3": 4, "feature4": 5, "feature5": 6}
@@ -162,6 +163,38 @@ def test_all_heads_learn_from_one_forward_pass(few_images, small_backbone, tmp_p
     monkeypatch.setattr(ResNet, "forward_features", counted)
     imagenet_mhead.evaluate(small_backbone, few_images(4, 3), MINIATURE, tmp_path)
     assert passes == [8, 8, 4] * 4 + [8, 8, 8, 6]  # two epochs of two steps, in pieces; and the test
+
+
+@pytest.mark.parametrize(
+    ("module", "views"),
+    [
+        (imagenet_mhead, (True, True, False)),
+        (places205_mhead, (False, False, True)),
+        (inat18_mhead, (False,) * 3),
+    ],
+)
+def test_the_training_gets_the_images_and_rates_of_the_config(module, views, monkeypatch):
+    """Colours and light changed; crops of one size; the rate at every milestone a tenth of that before."""
+    given = {}
+    monkeypatch.setattr(
+        _linear, "linear_evaluation", lambda *_, **keywords: given.update(keywords) or ({}, {})
+    )
+    config = module.Config()
+    module.evaluate(None, None, config, None)
+    generators = map(np.random.default_rng, range(20))
+    drawn = [given["transform"].draw(256, 256, generator) for generator in generators]
+    assert {view.jitter is not None for view in drawn} == {views[0]}
+    assert {any(view.lighting) for view in drawn} == {views[1]}
+    assert ({view.box[2:] for view in drawn} == {(224, 224)}) == views[2]
+    rates = [given["schedule"](epoch) for first in config.milestones for epoch in (first - 1, first)]
+    assert rates == pytest.approx([0.1 ** (number // 2) for number in range(1, len(rates) + 1)])
+    (group,) = given["optimizer"]([torch.zeros(1)]).param_groups
+    assert (group["lr"], group["momentum"], group["nesterov"], group["weight_decay"]) == (
+        0.01,
+        0.9,
+        True,
+        1e-4,
+    )
 
 
 def test_a_backbone_that_moves_is_an_error(few_images, small_backbone, tmp_path, monkeypatch):
