@@ -408,3 +408,15 @@ def test_every_benchmark_can_be_asked_for_by_name():
     for name in BENCHMARKS:
         assert f'records("{name}")' in rules, name
         assert load(name).Config.dataset in rules
+
+
+# ---------------------------------------------------------------- the profile
+
+
+def test_the_readme_explains_every_key_of_the_slurm_profile():
+    profile = yaml.safe_load((ROOT / "workflow/profiles/slurm/config.yaml").read_text())
+    table = re.search(
+        r"^\| key of `workflow/profiles/slurm/.*?\n\n", (ROOT / "README.md").read_text(), re.M | re.S
+    )[0]
+    keys = [*profile.pop("default-resources"), *profile]
+    assert [key for key in keys if key != "executor" and f"`{key}`" not in table.replace(": ", "`, `")] == []
