@@ -67,22 +67,22 @@ def clone(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def images(few_images: Callable[..., datasets.Dataset]) -> dict[str, Any]:
     """The config block of an ImageNet with six training images of each of ten classes."""
-    root = few_images(6, 1).root.resolve()
-    return {"root": str(root), "classes": 10, "images": {"train": 60, "val": 10}}
+    root = few_images(6, 4).root.resolve()
+    return {"root": str(root), "classes": 10, "images": {"train": 60, "val": 40}}
 
 
 @pytest.fixture
 def configured(clone: Path, images: dict[str, Any]) -> Callable[..., tuple[str, str]]:
-    """(model, benchmarks) → the arguments that name a config of it, called `tiny`; its data is verified."""
+    """(models, benchmarks) → the arguments that name a config of them; the data is verified already."""
 
     def written(
-        model: dict[str, Any], output: str = "results/tiny", **benchmarks: dict[str, Any]
+        models: dict[str, Any], output: str = "results/tiny", **benchmarks: dict[str, Any]
     ) -> tuple[str, str]:
         content = {
             "output": output,
             "datasets": {"imagenet": images},
             "features": {"imagenet": {"resize": 48, "crop": 48, "pooling": "adaptive"}},
-            "models": {"tiny": model},
+            "models": models,
             "benchmarks": benchmarks or {"imagenet_knn": {"neighbours": [1]}},
         }
         (clone / "config/tiny.yaml").write_text(yaml.safe_dump(content))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import sys
 from pathlib import Path
 
 from cluster import HERE, running, until
 
-UNTRAINED = {"gpus": 0, "random_init": {"architecture": "resnet18_w0.125"}}
+UNTRAINED = {"tiny": {"gpus": 0, "random_init": {"architecture": "resnet18_w0.125"}}}
 SMALL = ("--snakefile", str(HERE / "Snakefile"), "--workflow-profile", "workflow/profiles/default")
 
 
@@ -69,17 +72,34 @@ def test_snakemake_that_is_terminated_waits_for_its_jobs_and_a_restart_repeats_n
 # ---------------------------------------------------------------- status
 
 
+def squeue(folder: Path, script: str) -> dict[str, str]:
+    """Return the environment of a Snakemake that asks `script`, in which $SQUEUE is the real squeue."""
+    program = folder / "programs/squeue"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\nSQUEUE={shutil.which('squeue')}\n{script}\n")
+    program.chmod(0o755)
+    return {"PATH": f"{program.parent}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
 def test_a_status_that_slurm_does_not_know_is_no_success(idle, clone, tmp_path):
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    (programs / "squeue").write_text("#!/bin/sh\n/usr/bin/squeue \"$@\" | sed 's/|FAILED$/|UNKNOWN/'\n")
-    (programs / "squeue").chmod(0o755)
-    path = f"{programs}:{idle.environment['PATH']}"
+    environment = squeue(tmp_path, "$SQUEUE \"$@\" | sed 's/|FAILED$/|UNKNOWN/'")
     arguments = ("eaten/3000.txt", "--retries", "0", "--latency-wait", "1")
-    with running(idle, clone, *SMALL, *arguments, environment={"PATH": path}) as run:
+    with running(idle, clone, *SMALL, *arguments, environment=environment) as run:
         assert run.ends() == 1
     assert "MissingOutputException" in run.said
     assert "eaten/3000.txt" in run.said
+
+
+def test_no_job_is_forgotten_while_slurm_does_not_answer(idle, clone, tmp_path):
+    mute = tmp_path / "mute"
+    environment = squeue(tmp_path, f'[ -e {mute} ] && echo asked >> {mute} && exit 1\nexec $SQUEUE "$@"')
+    with running(idle, clone, *SMALL, "slept/1.txt", environment=environment) as run:
+        until(lambda: started(clone, 1), "it sleeps")
+        mute.touch()
+        until(lambda: mute.read_text().count("asked") > 10, "Slurm was asked in vain")
+        mute.unlink()
+        assert run.ends() == 0, run.said
+    assert len(started(clone, 1)) == 1
 
 
 # ---------------------------------------------------------------- a benchmark that fails
