@@ -13,6 +13,7 @@ import functools
 import json
 import platform
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,9 @@ def _work(spec: Json, folder: Path) -> None:
     trainer, clock = make_trainer(cfg), _detection.Clock()
     trainer.checkpointer.add_checkpointable("clock", clock)
     load = load_backbone(trainer.model, spec)
+    if comm.is_main_process():
+        note_newest(folder)
+    comm.synchronize()
     trainer.resume_or_load(resume=True)
     trained = folder / "trained.json"
     if not trained.is_file():
@@ -332,6 +336,22 @@ def features(model: Any, images: Any) -> Json:
             stage = copy.deepcopy(model.roi_heads.res5).cpu().eval()
             maps["res5"] = stage[:-1](maps["res4"])  # without the extra norm
     return {f"feature{name.removeprefix('res')}": value for name, value in maps.items()}
+
+
+def note_newest(folder: Path) -> None:
+    """Let Detectron2 go on from the newest whole checkpoint: a kill may have cut short a file, or the note.
+
+    The end of a checkpoint is the directory of its ZIP archive.
+    """
+    from simclr.results import replacing
+
+    note = folder / "last_checkpoint"
+    whole = [path for path in sorted(folder.glob("model_*.pth")) if zipfile.is_zipfile(path)]
+    if not whole:
+        note.unlink(missing_ok=True)
+        return
+    with replacing(note) as part:
+        part.write_text(whole[-1].name)
 
 
 def make_trainer(cfg: Any) -> Any:

@@ -406,6 +406,23 @@ def test_detectron2_names_of_the_backbone():
     assert detectron2.model_key("conv1.weight", "fpn") == "backbone.bottom_up.stem.conv1.weight"
 
 
+def test_detectron2_goes_on_from_the_newest_whole_checkpoint(tmp_path):
+    """The note may be empty and the newest file cut short, wherever the kill fell."""
+    note, names = tmp_path / "last_checkpoint", ("model_0000003.pth", "model_0000007.pth", "model_final.pth")
+    for name in names:
+        torch.save({"iteration": 1, "model": torch.zeros(1000)}, tmp_path / name)
+    note.write_text("")
+    detectron2.note_newest(tmp_path)
+    assert note.read_text() == "model_final.pth"
+    for name, older in ((names[2], names[1]), (names[1], names[0])):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:2000])
+        detectron2.note_newest(tmp_path)
+        assert note.read_text() == older
+    (tmp_path / names[0]).write_bytes(b"")
+    detectron2.note_newest(tmp_path)
+    assert not note.exists()
+
+
 def _hold(folder, ready, done):
     with _detection.locked(folder):
         ready.set()
