@@ -1,4 +1,4 @@
-"""What the detection benchmarks share: trials, the two engines behind one file interface, the metrics.
+"""What the detection benchmarks share: trials, and the two engines behind one file interface.
 
 An engine trains a detector and detects; it computes no metric, so both are measured by the same code here.
 It reads a spec (JSON: protocol, masks, classes, backbone, architecture, train and test lists, folder, seed)
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import io
 import json
 import os
 import resource
@@ -39,12 +38,9 @@ if TYPE_CHECKING:
     from simclr.protocol import Metrics
 
 Json = dict[str, Any]
-IOU_THRESHOLDS = tuple(percent / 100 for percent in range(50, 100, 5))
 # What may change without another training.
 FREE_KEYS = {"trials", "seed", "checkpoint_every"}
 REFUSAL = "refused.txt"  # of an engine, beside where its result would be
-
-
 # What a run with another number of images per iteration has by the linear rule.
 SCHEDULE = ("batch_size", "lr", "iterations", "steps", "warmup_iterations")
 
@@ -59,10 +55,12 @@ def evaluate(
 ) -> Metrics:
     """Train and test `config.trials` detectors in `work`; return the mean of what `measure` finds, percent.
 
-    `measure(test images, detections, class names)` is `voc_metrics` or `coco_metrics`. `picture` is a PNG
+    `measure(test images, detections, class names)` is one of `_detection_metrics`. `picture` is a PNG
     file of some test images with what was detected in the first trial.
     """
     from simclr import datasets
+    from simclr.benchmarks._detection_metrics import measured
+    from simclr.benchmarks._detection_sheet import draw
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BadInput("detection starts one process per visible GPU itself: call it once, without torchrun")
@@ -70,7 +68,7 @@ def evaluate(
     with workplace(work, identity(backbone, dataset, config)) as folder:
         spec = _prepare(folder, backbone, dataset, config, truth)
         results = [_trial({**spec, "seed": config.seed + i}, folder) for i in range(config.trials)]
-    values = [_measured(measure, truth, result["detections"], dataset.class_names) for result in results]
+    values = [measured(measure, truth, result["detections"], dataset.class_names) for result in results]
     if picture is not None:
         draw(truth, results[0]["detections"], dataset.class_names, picture)
     metrics = _summary(values, results)
@@ -380,270 +378,3 @@ def per_process(batch_size: int, processes: int) -> int:
     if batch_size % processes:
         raise BadInput(f"batch_size {batch_size} must be a multiple of the {processes} visible GPUs")
     return batch_size // processes
-
-
-# ---------------------------------------------------------------- metrics
-
-
-def _measured(
-    measure: Callable[..., Metrics], truth: list[Json], detections: list[Json], classes: list[str]
-) -> Metrics:
-    if not detections:
-        raise BadInput(
-            f"the detector found nothing above score_threshold in {len(truth)} test images, so there is no "
-            "AP; train for more iterations or with another lr"
-        )
-    numbers = np.array([[*each["bbox"], each["score"]] for each in detections])
-    wrong = np.flatnonzero(~np.isfinite(numbers).all(1))
-    if len(wrong):
-        raise BadInput(
-            f"{len(wrong)} of {len(detections)} detections are no finite numbers, the first in image "
-            f"{detections[wrong[0]]['image_id']}, so there is no AP; train again with a lower lr"
-        )
-    return measure(truth, detections, classes)
-
-
-def voc_metrics(truth: list[Json], detections: list[Json], classes: list[str]) -> Metrics:
-    """Return VOC2007's `ap50`, `ap`, `ap75` of `detections`, in percent, averaged over `classes`.
-
-    As Detectron2's PascalVOCDetectionEvaluator: scores are rounded to 3 decimals and coordinates, counted
-    from 1, to one; equal scores keep their order. Details have the same by the rule of VOC2010 and later,
-    `area`. Raises `BadInput` for a class of which `truth` has no object that is not difficult.
-    """
-    from simclr.protocol import Metrics
-
-    table = np.array([_class_ap(truth, detections, i, name) for i, name in enumerate(classes)])
-    eleven_points, area = np.moveaxis(100 * table.mean(0), 1, 0)
-    return Metrics(_voc_columns(eleven_points), details={"area": _voc_columns(area)})
-
-
-def _voc_columns(means: np.ndarray) -> dict[str, float]:
-    at = dict(zip(IOU_THRESHOLDS, means.tolist(), strict=True))
-    return {"ap50": at[0.5], "ap": float(means.mean()), "ap75": at[0.75]}
-
-
-def _class_ap(truth: list[Json], detections: list[Json], index: int, name: str) -> list[tuple[float, float]]:
-    """Return the average precisions of one class at every IoU threshold, by either rule, between 0 and 1."""
-    boxes, difficult = {}, {}
-    for image in truth:
-        objects = [each for each in image["annotations"] if each["category_id"] == index]
-        corners = np.array([each["bbox"] for each in objects]).reshape(-1, 4)
-        boxes[image["image_id"]] = corners + np.array([1, 1, 0, 0])
-        difficult[image["image_id"]] = np.array([each["difficult"] for each in objects], bool)
-    positives = sum(int((~each).sum()) for each in difficult.values())
-    if positives == 0:
-        raise BadInput(f"no test image has an object of class {name}, so its average precision is undefined")
-    found = [each for each in detections if each["category_id"] == index]
-    found = [(float(f"{each['score']:.3f}"), each["image_id"], _rounded(each["bbox"])) for each in found]
-    found.sort(key=lambda each: -each[0])
-    overlaps = [_overlaps(box, boxes[image]) for _, image, box in found]
-    images = [image for _, image, _ in found]
-    curves = [_curve(images, overlaps, difficult, positives, threshold) for threshold in IOU_THRESHOLDS]
-    return [(eleven_point_ap(*curve), area_ap(*curve)) for curve in curves]
-
-
-def _rounded(box: list[float]) -> np.ndarray:
-    shifted = np.array(box, np.float32) + np.array([1, 1, 0, 0], np.float32)
-    # The evaluator writes x0 + 1, y0 + 1, x1, y1: the inverse of how the annotations are read.
-    return np.array([float(f"{value:.1f}") for value in shifted])
-
-
-def _overlaps(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Return the IoU of `box` with each of `boxes` `(n, 4)`; edges count their last pixel."""
-    low, high = np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])
-    common = np.prod(np.maximum(high - low + 1, 0), 1)
-    return common / (np.prod(box[2:] - box[:2] + 1) + np.prod(boxes[:, 2:] - boxes[:, :2] + 1, 1) - common)
-
-
-def _curve(
-    images: list[Any],
-    overlaps: list[np.ndarray],
-    difficult: dict[Any, np.ndarray],
-    positives: int,
-    threshold: float,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return recall and precision of the first, the first two … detections, in descending order of score.
-
-    A detection is right when the object that it overlaps most does so by more than `threshold` and has not
-    been found before. Where that object is difficult, it counts neither way.
-    """
-    taken = {image: np.zeros(len(flags), bool) for image, flags in difficult.items()}
-    right, wrong = np.zeros(len(images)), np.zeros(len(images))
-    for i, (image, overlap) in enumerate(zip(images, overlaps, strict=True)):
-        best = int(overlap.argmax()) if len(overlap) else -1
-        if best < 0 or overlap[best] <= threshold or taken[image][best]:
-            wrong[i] = 1
-        elif not difficult[image][best]:
-            right[i] = taken[image][best] = True
-    right, wrong = right.cumsum(), wrong.cumsum()
-    return right / positives, right / np.maximum(right + wrong, np.finfo(float).eps)
-
-
-def eleven_point_ap(recall: np.ndarray, precision: np.ndarray) -> float:
-    """Return the mean of the best precision from recall 0, 0.1 … 1 on (VOC2007)."""
-    return float(np.mean([precision[recall >= r].max(initial=0) for r in np.arange(0, 1.1, 0.1)]))
-
-
-def area_ap(recall: np.ndarray, precision: np.ndarray) -> float:
-    """Return the area under the curve of the best precision from a recall on (VOC2010)."""
-    best = np.maximum.accumulate(precision[::-1])[::-1]
-    return float(np.sum(np.diff(recall, prepend=0) * best))
-
-
-def coco_metrics(truth: list[Json], detections: list[Json], classes: list[str]) -> Metrics:
-    """Return COCO's box and mask AP, AP50 and AP75 of `detections`, in percent, by pycocotools.
-
-    All areas, 100 detections per image. Details name the `absent_classes`, which the means leave out, as
-    `truth` has no object of them. Raises `BadInput` when `truth` has no object that counts.
-    """
-    from simclr.protocol import Metrics
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        dataset = _coco(truth, classes)
-        found = {kind: _coco_stats(dataset, detections, kind) for kind in ("bbox", "segm")}
-    if min(min(each) for each in found.values()) < 0:
-        raise BadInput("no test image has an object that is no crowd, so average precision is undefined")
-    keys = {"bbox": "box", "segm": "mask"}
-    values = {
-        f"{keys[kind]}_{name}": 100 * float(value)
-        for kind, each in found.items()
-        for name, value in zip(("ap", "ap50", "ap75"), each, strict=True)
-    }
-    present = {each["category_id"] for i in truth for each in i["annotations"] if not each["iscrowd"]}
-    absent = [name for index, name in enumerate(classes) if index not in present]
-    return Metrics(values, details={"absent_classes": absent})
-
-
-def _coco(truth: list[Json], classes: list[str]) -> Any:
-    """Return `truth` as pycocotools' COCO; ids of categories and annotations count from 1."""
-    from pycocotools.coco import COCO
-
-    annotations = [
-        {
-            "image_id": image["image_id"],
-            "category_id": each["category_id"] + 1,
-            "bbox": _xywh(each["bbox"]),
-            "area": _area(each["bbox"]),  # any positive number: areas only sort objects into small and large
-            "iscrowd": int(each["iscrowd"]),
-            "segmentation": each["segmentation"],
-        }
-        for image in truth
-        for each in image["annotations"]
-    ]
-    coco = COCO()
-    coco.dataset = {
-        "info": {},
-        "images": [
-            {"id": image["image_id"], "height": image["height"], "width": image["width"]} for image in truth
-        ],
-        "annotations": [{"id": i, **each} for i, each in enumerate(annotations, 1)],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(classes, 1)],
-    }
-    coco.createIndex()
-    return coco
-
-
-def _coco_stats(dataset: Any, detections: list[Json], kind: str) -> list[float]:
-    from pycocotools.cocoeval import COCOeval
-
-    shape = {"bbox": lambda each: _xywh(each["bbox"]), "segm": lambda each: each["segmentation"]}[kind]
-    name = {"bbox": "bbox", "segm": "segmentation"}[kind]
-    found = [
-        {
-            "image_id": each["image_id"],
-            "category_id": each["category_id"] + 1,
-            "score": each["score"],
-            name: shape(each),
-        }
-        for each in detections
-    ]
-    evaluation = COCOeval(dataset, dataset.loadRes(found), kind)
-    evaluation.evaluate()
-    evaluation.accumulate()
-    evaluation.summarize()
-    return list(evaluation.stats[:3])
-
-
-def _xywh(box: list[float]) -> list[float]:
-    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
-
-
-def _area(box: list[float]) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
-
-
-# ---------------------------------------------------------------- the picture
-
-TILE, HEADER = 320, 20  # pixels: longer edge of an image, height of the headings
-
-
-def draw(
-    truth: list[Json],
-    detections: list[Json],
-    classes: list[str],
-    path: Path,
-    images: int = 6,
-    least: float = 0.3,
-) -> None:
-    """Draw test images, evenly spaced in their list: the objects left, the detections right of them.
-
-    Drawn are detections of score `least` and more, and of an image without that many as many as it has
-    objects; the surest last. Masks are tinted; a class has one colour.
-    """
-    from PIL import Image, ImageDraw
-
-    from simclr.datasets import decode
-
-    chosen = [truth[i] for i in sorted(set(np.linspace(0, len(truth) - 1, images).round().astype(int)))]
-    found: dict[Any, list[Json]] = {image["image_id"]: [] for image in chosen}
-    for each in sorted(detections, key=lambda each: -each["score"]):
-        if each["image_id"] in found:
-            found[each["image_id"]].append(each)
-    sheet = Image.new("RGB", (4 * TILE, HEADER + -(-len(chosen) // 2) * TILE))
-    for column in range(4):
-        heading = "detections" if column % 2 else "objects"
-        ImageDraw.Draw(sheet).text((column * TILE + 4, 4), heading, fill="white")
-    for i, image in enumerate(chosen):
-        photo = decode(Path(image["file_name"]), (image["width"], image["height"]))
-        objects, detected = image["annotations"], found[image["image_id"]]
-        detected = [d for rank, d in enumerate(detected) if d["score"] >= least or rank < len(objects)]
-        for side, several in enumerate((objects, reversed(detected))):
-            tile = _tile(photo, list(several), classes)
-            sheet.paste(tile, ((2 * (i % 2) + side) * TILE, HEADER + i // 2 * TILE))
-    with replacing(path) as part:
-        sheet.save(part, format="PNG")
-
-
-def _tile(photo: Any, objects: list[Json], classes: list[str]) -> Any:
-    """Return `photo` with the masks, boxes and names of `objects`, its longer edge `TILE` pixels."""
-    from PIL import Image, ImageColor, ImageDraw
-
-    colours = [
-        ImageColor.getrgb(f"hsl({360 * each['category_id'] // len(classes)}, 90%, 60%)") for each in objects
-    ]
-    photo = photo.copy()
-    for each, colour in zip(objects, colours, strict=True):
-        if each.get("segmentation"):
-            mask = 0.5 * _mask(each["segmentation"], photo.height, photo.width)[..., None]
-            tinted = np.asarray(photo) * (1 - mask) + np.array(colour) * mask
-            photo = Image.fromarray(tinted.astype(np.uint8))
-    scale = TILE / max(photo.size)
-    tile = photo.resize([max(round(side * scale), 1) for side in photo.size])
-    pen = ImageDraw.Draw(tile)
-    for each, colour in zip(objects, colours, strict=True):
-        box = [scale * value for value in each["bbox"]]
-        score = f" {each['score']:.2f}" if "score" in each else ""
-        pen.rectangle(box, outline=colour, width=2)
-        pen.text((box[0] + 3, box[1] + 1), classes[each["category_id"]] + score, fill=colour)
-    return tile
-
-
-def _mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Return the mask `(height, width)` of polygons or of an RLE, 0 or 1."""
-    from pycocotools import mask as coco
-
-    if isinstance(segmentation, list):
-        segmentation = coco.merge(coco.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        segmentation = coco.frPyObjects(segmentation, height, width)
-    return coco.decode(segmentation)

@@ -96,6 +96,6 @@ def evaluate(
     All areas, 100 detections per image, IoU 0.50:0.05:0.95. Killed, it goes on from `work` when called again.
     `picture` and what is raised are as VOC's.
     """
-    from simclr.benchmarks import _detection
+    from simclr.benchmarks import _detection, _detection_metrics
 
-    return _detection.evaluate(backbone, dataset, config, work, _detection.coco_metrics, picture)
+    return _detection.evaluate(backbone, dataset, config, work, _detection_metrics.coco_metrics, picture)

@@ -188,6 +188,6 @@ def evaluate(
     of some test images, the objects beside what was detected. Raises `BadInput` when the engine is not
     installed, refuses the backbone, or its detections give no number.
     """
-    from simclr.benchmarks import _detection
+    from simclr.benchmarks import _detection, _detection_metrics
 
-    return _detection.evaluate(backbone, dataset, config, work, _detection.voc_metrics, picture)
+    return _detection.evaluate(backbone, dataset, config, work, _detection_metrics.voc_metrics, picture)

@@ -17,6 +17,8 @@ from simclr import BadInput, checkpoint, convert
 from simclr.benchmarks import _detection
 from simclr.benchmarks import _detection_detectron2 as detectron2
 from simclr.benchmarks import _detection_torchvision as engine
+from simclr.benchmarks._detection_metrics import coco_metrics, measured, voc_metrics
+from simclr.benchmarks._detection_sheet import draw
 from simclr.benchmarks.coco2017_detection import Config as Coco
 from simclr.benchmarks.voc0712_detection import Config
 from simclr.model import resnet
@@ -98,7 +100,7 @@ def slow_iou(a, b):
 @pytest.mark.parametrize("seed", range(6))
 def test_voc_metrics_equal_the_slow_ones(seed):
     truth, found = random_scenes(seed)
-    metrics = _detection.voc_metrics(truth, found, CLASSES)
+    metrics = voc_metrics(truth, found, CLASSES)
     table = np.array([[slow_ap(truth, found, c, t / 100) for t in range(50, 100, 5)] for c in (0, 1)])
     for i, values in enumerate((metrics, metrics.details["area"])):
         expected = {"ap50": table[:, 0, i], "ap": table[..., i], "ap75": table[:, 5, i]}
@@ -110,7 +112,7 @@ def test_voc_metrics_by_hand():
     truth = [image("a", ((0, 0, 10, 10), 0, False), ((30, 30, 50, 50), 0, False))]
     found = [detection("a", (0, 0, 10, 10), 0.9), detection("a", (60, 0, 70, 9), 0.5)]
     found.append(detection("a", (30, 30, 50, 50), 0.1))
-    metrics = _detection.voc_metrics(truth, found, CLASSES[:1])
+    metrics = voc_metrics(truth, found, CLASSES[:1])
     assert metrics["ap50"] == pytest.approx(100 * (6 * 1 + 5 * 2 / 3) / 11)
     assert metrics == {key: pytest.approx(metrics["ap50"]) for key in ("ap50", "ap", "ap75")}
     assert metrics.details["area"] == {key: pytest.approx(100 * (1 + 2 / 3) / 2) for key in metrics}
@@ -119,29 +121,29 @@ def test_voc_metrics_by_hand():
 def test_a_difficult_object_counts_neither_way_and_a_second_hit_is_wrong():
     truth = [image("a", ((0, 0, 10, 10), 0, False), ((30, 30, 50, 50), 0, True))]
     hit, difficult = detection("a", (0, 0, 10, 10), 0.5), detection("a", (30, 30, 50, 50), 0.9)
-    assert _detection.voc_metrics(truth, [difficult, hit], CLASSES[:1])["ap"] == pytest.approx(100)
+    assert voc_metrics(truth, [difficult, hit], CLASSES[:1])["ap"] == pytest.approx(100)
     again = detection("a", (0, 0, 10, 10), 0.6)
     truth[0]["annotations"].append({**truth[0]["annotations"][0], "bbox": [60, 0, 70, 10]})
     late = detection("a", (60, 0, 70, 10), 0.1)
-    metrics = _detection.voc_metrics(truth, [again, hit, late], CLASSES[:1])
+    metrics = voc_metrics(truth, [again, hit, late], CLASSES[:1])
     assert metrics["ap50"] == pytest.approx(100 * (6 + 5 * 2 / 3) / 11)
 
 
 def test_scores_are_rounded_to_three_decimals_before_they_are_ranked():
     truth = [image("a", ((0, 0, 10, 10), 0, False))]
     wrong, right = detection("a", (40, 0, 50, 10), 0.50004), detection("a", (0, 0, 10, 10), 0.50005)
-    assert _detection.voc_metrics(truth, [wrong, right], CLASSES[:1])["ap50"] == pytest.approx(50)
+    assert voc_metrics(truth, [wrong, right], CLASSES[:1])["ap50"] == pytest.approx(50)
 
 
 def test_a_class_without_objects_has_no_ap():
     truth = [image("a", ((0, 0, 10, 10), 0, False), ((0, 0, 10, 10), 1, True))]
     with pytest.raises(BadInput, match="class one"):
-        _detection.voc_metrics(truth, [detection("a", (0, 0, 10, 10), 0.9)], CLASSES)
+        voc_metrics(truth, [detection("a", (0, 0, 10, 10), 0.9)], CLASSES)
 
 
 def test_no_detection_is_no_number():
     with pytest.raises(BadInput, match="found nothing above score_threshold in 1 test images"):
-        _detection._measured(_detection.voc_metrics, [image("a", ((0, 0, 9, 9), 0, False))], [], CLASSES)
+        measured(voc_metrics, [image("a", ((0, 0, 9, 9), 0, False))], [], CLASSES)
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf")])
@@ -149,7 +151,7 @@ def test_detections_that_are_no_numbers_are_no_ap(score):
     found = [detection("a", (0, 0, 9, 9), 0.9), detection("b", (0, 0, 9, 9), score)]
     truth = [image("a", ((0, 0, 9, 9), 0, False))]
     with pytest.raises(BadInput, match="1 of 2 detections are no finite numbers, the first in image b"):
-        _detection._measured(_detection.voc_metrics, truth, found, CLASSES[:1])
+        measured(voc_metrics, truth, found, CLASSES[:1])
 
 
 def square(box):
@@ -177,14 +179,14 @@ def coco_detection(image_id, box, score):
 def test_coco_metrics_by_hand():
     """Half of four objects found, nothing wrong: COCO's 101 recall levels reach 0.5, so 51 of them hold."""
     found = [coco_detection(7, (0, 0, 10, 10), 0.9), coco_detection(8, (30, 30, 50, 50), 0.8)]
-    metrics = _detection.coco_metrics(coco_scene(), found, CLASSES[:1])
+    metrics = coco_metrics(coco_scene(), found, CLASSES[:1])
     assert metrics == {key: pytest.approx(100 * 51 / 101) for key in metrics}
     assert list(metrics) == ["box_ap", "box_ap50", "box_ap75", "mask_ap", "mask_ap50", "mask_ap75"]
 
 
 def test_coco_without_an_object_is_refused():
     with pytest.raises(BadInput, match="no crowd"):
-        _detection.coco_metrics(coco_scene(crowd=1), [coco_detection(7, (0, 0, 9, 9), 0.9)], CLASSES[:1])
+        coco_metrics(coco_scene(crowd=1), [coco_detection(7, (0, 0, 9, 9), 0.9)], CLASSES[:1])
 
 
 def test_training_keeps_difficult_objects_and_drops_crowds_and_empty_images():
@@ -233,7 +235,7 @@ def test_the_published_batch_leaves_the_schedule_as_it_is():
 
 def test_classes_that_coco_leaves_out_are_named():
     found = [coco_detection(7, (0, 0, 10, 10), 0.9)]
-    alone, both = (_detection.coco_metrics(coco_scene(), found, names) for names in (CLASSES[:1], CLASSES))
+    alone, both = (coco_metrics(coco_scene(), found, names) for names in (CLASSES[:1], CLASSES))
     assert (alone, alone.details) == (both, {"absent_classes": []})
     assert both.details == {"absent_classes": ["one"]}
 
@@ -552,7 +554,7 @@ def test_an_image_is_turned_only_when_its_boxes_are(tmp_path):
     upright = engine.resized({**line, "width": 60, "height": 80}, 60, 100)
     assert upright.size == (60, 80)
     assert np.array_equal(upright, as_stored.transpose(Image.Transpose.ROTATE_270))
-    _detection.draw([line], [], CLASSES, tmp_path / "detections.png")
+    draw([line], [], CLASSES, tmp_path / "detections.png")
     with Image.open(tmp_path / "detections.png") as sheet:
         assert sheet.getpixel((160, 270)) == (0, 0, 0)  # 320 × 240, wider than high, above black
 
@@ -565,8 +567,8 @@ def test_the_sheet_shows_objects_left_and_detections_right(tmp_path):
     for each in truth[0]["annotations"]:
         each["segmentation"] = square(box)
     found = [{**coco_detection(2, box, 0.2), "category_id": 1}, detection(2, (15, 5, 25, 55), 0.1)]
-    _detection.draw(truth, found, CLASSES, tmp_path / "a.png")
-    _detection.draw(truth, list(reversed(found)), CLASSES, tmp_path / "b.png")
+    draw(truth, found, CLASSES, tmp_path / "a.png")
+    draw(truth, list(reversed(found)), CLASSES, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.size == (4 * 320, 20 + 3 * 320)

@@ -25,6 +25,7 @@ from simclr import BadInput, checkpoint, convert
 from simclr.benchmarks import _detection
 from simclr.benchmarks import _detection_detectron2 as engine
 from simclr.benchmarks import _detection_torchvision as peer
+from simclr.benchmarks._detection_metrics import coco_metrics, coco_of, voc_metrics
 from simclr.benchmarks.coco2017_detection import Config as Coco
 from simclr.benchmarks.voc0712_detection import Config as Voc
 from simclr.model import resnet
@@ -228,7 +229,7 @@ def test_voc_metrics_equal_detectron2s(tmp_path, seed, year):
         theirs = evaluator.evaluate()["bbox"]
     finally:
         MetadataCatalog.pop(name)
-    metrics = _detection.voc_metrics(truth, found, CLASSES)
+    metrics = voc_metrics(truth, found, CLASSES)
     ours = metrics if year == 2007 else metrics.details["area"]
     assert ours == pytest.approx({"ap": theirs["AP"], "ap50": theirs["AP50"], "ap75": theirs["AP75"]})
     assert metrics["ap"] != pytest.approx(metrics.details["area"]["ap"])
@@ -240,7 +241,7 @@ def test_coco_metrics_equal_detectron2s(tmp_path):
 
     truth, found = coco_scenes()
     nothing = torch.zeros(60, 80, dtype=torch.uint8)
-    content = _detection._coco(truth, CLASSES).dataset
+    content = coco_of(truth, CLASSES).dataset
     (tmp_path / "coco.json").write_text(json.dumps(content))
     MetadataCatalog.get("coco").set(
         json_file=str(tmp_path / "coco.json"),
@@ -257,7 +258,7 @@ def test_coco_metrics_equal_detectron2s(tmp_path):
         theirs = evaluator.evaluate()
     finally:
         MetadataCatalog.pop("coco")
-    ours = _detection.coco_metrics(truth, found, CLASSES)
+    ours = coco_metrics(truth, found, CLASSES)
     assert ours["mask_ap"] > 1
     for kind, key in (("bbox", "box"), ("segm", "mask")):
         found = [ours[f"{key}_{name}"] for name in ("ap", "ap50", "ap75")]
