@@ -99,7 +99,9 @@ def _summary(values: list[Metrics], results: list[Json]) -> Metrics:
 
 def total(usages: list[Json]) -> Json:
     """Return what all trials took together: the usual seconds per iteration, most memory, all GPU-hours."""
-    gpu_seconds = sum(each["processes"] * each["seconds"] for each in usages if each["gpu"])
+    gpu_seconds = sum(
+        each["processes"] * (each["seconds"] + each["test_seconds"]) for each in usages if each["gpu"]
+    )
     return {
         "processes": usages[0]["processes"],
         "gpu": usages[0]["gpu"],

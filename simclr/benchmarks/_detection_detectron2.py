@@ -13,6 +13,7 @@ import functools
 import json
 import platform
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -121,10 +122,12 @@ def _work(spec: Json, folder: Path) -> None:
             _write(trained, training_report(trainer, clock))
     comm.synchronize()
     model = getattr(trainer.model, "module", trainer.model)
+    began = time.monotonic()
     found = inference_on_dataset(model, build_detection_test_loader(cfg, TEST), make_collector())
     if comm.is_main_process():
         report = {"engine": "detectron2", "software": software(), "load": load}
         report |= json.loads(trained.read_text())
+        report["usage"]["test_seconds"] = time.monotonic() - began
         _write(folder / "detected.json", {**report, "detections": found["all"]})
         for rolling in folder.glob("model_*.pth"):
             if rolling.name != "model_final.pth":

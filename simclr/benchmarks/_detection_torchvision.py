@@ -54,7 +54,9 @@ def run(spec: Json) -> Json | None:
             train(detector, spec, folder)
         trained = torch.load(done, map_location=device, weights_only=True)
         detector.load_state_dict(trained["model"])
+        began = time.monotonic()
         detections = detect(detector, spec)
+        trained["usage"]["test_seconds"] = time.monotonic() - began
         for rolling in checkpoints(folder) if rank() == 0 else ():
             rolling.unlink()
     return None if detections is None else result(spec, load, trained, detections)

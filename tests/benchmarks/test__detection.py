@@ -241,8 +241,9 @@ def test_classes_that_coco_leaves_out_are_named():
 
 
 def test_what_all_trials_took():
-    one = {"processes": 8, "gpu": "H100", "seconds": 3600.0, "seconds_per_iteration": 0.5}
-    trials = [{**one, "peak_memory_gb": 9.0}, {**one, "seconds": 1800.0, "peak_memory_gb": 10.0}]
+    one = {"processes": 8, "gpu": "H100", "seconds": 3000.0, "seconds_per_iteration": 0.5}
+    one |= {"test_seconds": 600.0, "peak_memory_gb": 9.0}
+    trials = [one, {**one, "seconds": 1200.0, "peak_memory_gb": 10.0}]
     took = _detection.total(trials)
     assert (took["gpu_hours"], took["peak_memory_gb"], took["processes"]) == (12, 10, 8)
     assert _detection.total([{**each, "gpu": None} for each in trials])["gpu_hours"] == 0
