@@ -65,14 +65,15 @@ class Run:
         folder: Path,
         *arguments: str,
         environment: Mapping[str, str] = {},
-        step_seconds: float = 0,
+        **test_only: float,  # step_seconds and save_seconds of a pretraining: see quick/sitecustomize.py
     ):
         self.log = folder / "said.txt"
+        slowed = {f"SIMCLR_TEST_{name.upper()}": str(seconds) for name, seconds in test_only.items()}
         with self.log.open("w") as said:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "snakemake", "--profile", "slurm", *arguments],
                 cwd=folder,
-                env={**cluster.environment, **environment, "SIMCLR_TEST_STEP_SECONDS": str(step_seconds)},
+                env={**cluster.environment, **environment, **slowed},
                 stdout=said,
                 stderr=subprocess.STDOUT,
             )

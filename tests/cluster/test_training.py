@@ -13,7 +13,7 @@ BACKBONE = "results/tiny/tiny/backbone.safetensors"
 STEP = 0.25  # seconds
 
 
-def pretraining(steps: int, gpus: int = 0) -> dict[str, Any]:
+def pretraining(steps: int, gpus: int = 0, nodes: int = 1) -> dict[str, Any]:
     """Return the config block of one model that is pretrained in so many steps."""
     recipe = {
         "architecture": "resnet18_w0.125",
@@ -23,7 +23,7 @@ def pretraining(steps: int, gpus: int = 0) -> dict[str, Any]:
         "warmup_epochs": 1,
         "augmentation": {"image_size": 32},
     }
-    return {"tiny": {"gpus": gpus, "pretrain": recipe}}
+    return {"tiny": {"gpus": gpus, "nodes": nodes, "pretrain": recipe}}
 
 
 def log(clone: Path) -> str:
@@ -32,9 +32,8 @@ def log(clone: Path) -> str:
 
 
 def trains(cluster: Cluster, clone: Path, run: Run) -> str:
-    """Wait until a checkpoint is there; return the job's number."""
-    work = clone / "results/tiny/tiny/work/pretrain"
-    until(lambda: list(work.glob("*/checkpoint-*.pt")) or run.process.poll() is not None, "it trains")
+    """Wait until the training has made steps; return the job's number."""
+    until(lambda: "\nstep " in log(clone) or run.process.poll() is not None, "it trains")
     (job,) = cluster.jobs(states="running")
     return job
 
@@ -64,10 +63,11 @@ def test_a_time_limit_ends_no_training(idle, clone, configured):
 
 def test_a_training_makes_way_for_an_urgent_job_and_goes_on_after_it(idle, clone, configured):
     steps = 60
-    with running(idle, clone, BACKBONE, *configured(pretraining(steps, gpus=1)), step_seconds=STEP) as run:
+    arguments = (BACKBONE, *configured(pretraining(steps, gpus=2, nodes=2)))
+    with running(idle, clone, *arguments, step_seconds=STEP) as run:
         job = trains(idle, clone, run)
-        node = idle("squeue", "-h", "-j", job, "-o", "%N")
-        idle("sbatch", "-p", "urgent", "-w", node, "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2")
+        urgent = ("-p", "urgent", "-w", "gn2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2")
+        idle("sbatch", *urgent)
         until(lambda: idle.jobs()[job] == "PENDING", "the training has made way")
         assert goes_on(clone) > 0
         trained_to_the_end(clone, run, steps)
@@ -75,11 +75,12 @@ def test_a_training_makes_way_for_an_urgent_job_and_goes_on_after_it(idle, clone
 
 def test_a_training_goes_on_elsewhere_when_its_node_dies(idle, clone, configured):
     steps = 60
-    with running(idle, clone, BACKBONE, *configured(pretraining(steps)), step_seconds=STEP) as run:
+    arguments = (BACKBONE, *configured(pretraining(steps)))
+    with running(idle, clone, *arguments, step_seconds=STEP, save_seconds=0) as run:
         job = trains(idle, clone, run)
         node = idle("squeue", "-h", "-j", job, "-o", "%N")
         idle.script("crash", node)
-        # Slurm notices by itself within a minute; the cause of death is the same.
+        # Slurm notices by itself within a minute.
         idle("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=dead")
         assert goes_on(clone) > 0
         assert idle("squeue", "-h", "-j", job, "-o", "%N") not in ("", node)

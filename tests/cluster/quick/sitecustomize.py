@@ -1,8 +1,8 @@
 """For the tests alone: with this folder on PYTHONPATH, Snakemake asks Slurm every second, trainings are slow.
 
 The Slurm plugin waits 10 s longer, up to 180 s, after each question that found no job ended, and has no
-setting for it. A pretraining takes SIMCLR_TEST_STEP_SECONDS for a step, on a fast machine as on a slow one,
-and saves its state every second, so that a test can end it in the middle.
+setting for it. A pretraining waits SIMCLR_TEST_STEP_SECONDS before each step, so that a test can end it in
+the middle on a fast machine, too, and saves its state every SIMCLR_TEST_SAVE_SECONDS, where they are given.
 """
 
 import asyncio
@@ -30,9 +30,8 @@ def train_slowly(module):
 
         return slowly
 
-    if seconds:
-        module.SAVE_SECONDS = 1
-        module.SCHEDULES = {key: slow(schedule) for key, schedule in module.SCHEDULES.items()}
+    module.SAVE_SECONDS = float(os.environ.get("SIMCLR_TEST_SAVE_SECONDS", module.SAVE_SECONDS))
+    module.SCHEDULES = {key: slow(schedule) for key, schedule in module.SCHEDULES.items()}
 
 
 CHANGES = {
