@@ -212,7 +212,8 @@ def provenance(inputs: dict[str, Any]) -> tuple[Sha256, DatasetStamp]:
 
 def software() -> dict[str, str]:
     """Return the versions that a number depends on, and the git commit ("-dirty" when edited)."""
-    packages = ("torch", "torchvision", "numpy", "scikit-learn", "pillow", "onedl-mmsegmentation")
+    packages = ["torch", "torchvision", "numpy", "scikit-learn", "pillow", "opencv-python-headless"]
+    packages += ["pycocotools", "onedl-mmsegmentation", "onedl-mmcv", "onedl-mmengine"]
     versions = {"python": platform.python_version(), "simclr": __version__}
     for package in packages:
         try:
