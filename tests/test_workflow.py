@@ -175,6 +175,16 @@ def test_a_benchmark_is_a_target_by_name_and_by_record(clone):
     assert one.jobs() == {"demo": 1, "dataset": 1, "random_init": 1, "features": 2, "imagenet_knn_record": 1}
 
 
+def test_detection_takes_the_gpus_that_divide_the_images_of_an_iteration(clone):
+    def change(content):
+        content["models"]["simclr"].update(gpus=8)
+        content["benchmarks"]["voc0712_detection"].update(batch_size=16, images_per_iteration=12)
+
+    call = snakemake(clone, "-n", "results/demo/simclr/voc0712_detection.json", *edited(clone, change))
+    job = re.search(r"^rule voc0712_detection_record:.*?resources: (.*?)$", call.said, re.M | re.S)[1]
+    assert "gpu=6" in job
+
+
 def test_a_dry_run_prints_the_plan_with_what_earlier_runs_took(clone):
     arguments = edited(clone, lambda content: content["models"]["simclr"].update(gpus=4, nodes=2))
     times = clone / "results/demo/simclr/times"

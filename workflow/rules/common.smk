@@ -162,10 +162,9 @@ def node_gpus(wildcards):
 
 def dividing_gpus(wildcards, name):
     """Return the GPUs of one node, as many of the model's as divide the benchmark's batch evenly."""
-    most = node_gpus(wildcards)
-    return max(
-        (n for n in range(1, most + 1) if getattr(CONFIG.benchmarks, name).batch_size % n == 0), default=0
-    )
+    config = getattr(CONFIG.benchmarks, name)
+    batch = getattr(config, "images_per_iteration", None) or config.batch_size
+    return max((n for n in range(1, node_gpus(wildcards) + 1) if batch % n == 0), default=0)
 
 
 def feature_gpus(wildcards):
