@@ -9,7 +9,8 @@ are f = Kβ, and one matrix product serves every problem. Let αᵢ = 2cᵢ yᵢ
 −Σᵢ rᵢ xᵢ with r = α − β, and Newton's step is Σᵢ (rᵢ + εᵢ) xᵢ, where on the active images A (those with a
 loss) (K_AA + diag(1/2c)) ε = −(K r)_A, and ε = 0 elsewhere. With an exact line search every step lowers P,
 so no set of active images comes back, and on the right set Newton's step is the solution (Keerthi and
-DeCoste, JMLR 6, 2005). Steps are computed from r, so their rounding errors vanish with it.
+DeCoste, JMLR 6, 2005). Steps are computed from r, so their rounding errors vanish with it: ε may be found in
+float32, which halves the time, while scores, gradient and certificate are of float64 throughout.
 
 At a low cost nearly all images are active and the system is well conditioned but for the leading directions
 of K, which are shared: K = FFᵀ + a positive semi-definite rest of norm τ, F thin. Preconditioned with
@@ -41,6 +42,7 @@ FORCING = 1e-3  # how far conjugate gradients reduce the residual of one step, a
 LOW_COST = 0.1  # up to it, costs are solved side by side; above it, each is started from the one below
 WIDTH = 256  # about as many columns (problems × costs) are solved side by side
 WEAK = 1.0  # a direction of K is left to conjugate gradients where it curves the loss less than ‖w‖² / 2
+ROUGH = 2**17  # norm of the Hessian up to which float32, of 24 bits, leaves a step correct to 1 part in 64
 BLOCK = 2**21  # numbers in the Gram matrices of the groups that are best solved together (16 MiB)
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -68,6 +70,9 @@ class Leading(NamedTuple):
         share = rows.shape[1] / len(self.factor)
         pairs = self.pairs[:, : rank * (rank + 1) // 2]
         return Leading(self.factor[rows, :rank], pairs[rows], share * self.eigenvalues[:rank])
+
+    def float(self) -> Leading:
+        return Leading(*(tensor.float() for tensor in self))
 
     def inverse(self, root: Tensor, rank: int) -> Tensor:
         """Return (1 + Fᵀ root² F)⁻¹ `(G, p, rank, rank)` for each row of `root` `(G, p, n)`, F of `rank`."""
@@ -154,6 +159,7 @@ class Problems:
 
     def __init__(self, kernel: Tensor, signs: np.ndarray, leading: Leading):
         self.kernel = kernel
+        self.rough = kernel.float(), leading.float()
         self.signs = torch.as_tensor(signs).to(kernel)
         self.weights = torch.where(self.signs > 0, POSITIVE_WEIGHT, 1) * self.signs.abs()
         self.leading = leading
@@ -204,7 +210,7 @@ class Problems:
         signs, weights, scores = signs[:, live], weights[:, live], scores[:, live]
         slack = (1 - signs * scores).clamp(min=0)
         residual = 2 * weights * slack * signs - coefficients[:, live]
-        product = self._times_kernel(residual)
+        product = _times(self.kernel, residual)
         squared_gradient = (residual * product).sum(dim=2).clamp(min=0)
         squared_size = (coefficients[:, live] * scores).sum(dim=2)
         objective = squared_size / 2 + (weights * slack.square()).sum(dim=2)
@@ -213,16 +219,10 @@ class Problems:
             signs, weights, scores, slack, residual, product, squared_gradient, squared_size, objective
         )
 
-    def _times_kernel(self, vectors: Tensor) -> Tensor:
-        """Return `vectors` `(G, p, n)` times the kernel; of a single one only the rows that are needed."""
-        if len(vectors) == 1:
-            needed = vectors[0].any(dim=0).nonzero()[:, 0]
-            if 5 * len(needed) < vectors.shape[2]:  # else copying them takes longer
-                return (vectors[0][:, needed] @ self.kernel[0][needed])[None]
-        return vectors @ self.kernel
-
     def _newton_step(self, state: _State, cost: Tensor) -> tuple[Tensor, Tensor]:
         """Return r + ε and K(r + ε), each `(G, p, n)`, with ε by the cheaper way for each problem.
+
+        ε only has to shorten the residual: it is of float32 where that can do so.
 
         In units of an operation: gathering a active images takes 200a², and factoring them a³/3; an iteration
         of conjugate gradients takes 2n² for each problem, and reading K as long as eight problems. Reaching
@@ -237,67 +237,16 @@ class Problems:
         iterated = 2 * images**2 * iterations * (1 + 8 / problems)
         factored = active**3 / 3 + 200 * active**2
         direct = (factored.sum(dim=0) < iterated.sum(dim=0)) | (4 * iterations > images).any(dim=0)
-        step, change = state.residual.clone(), state.product.clone()
+        kernel, leading = self.rough if hessian[0].max() <= ROUGH else (self.kernel, self.leading)
+        found, right = torch.zeros_like(root), -state.product
         if direct.any():
-            found = self._factored(root[:, direct], state.product[:, direct])
-            step[:, direct] += found
-            change[:, direct] += self._times_kernel(found)
+            found[:, direct] = _factored(kernel, root[:, direct], right[:, direct])
         if not direct.all():
             rank = int((hessian[:, ~direct] > WEAK).any(dim=1).sum().clamp(min=1))
-            found, image = self._conjugate_gradients(
-                root[:, ~direct], state.product[:, ~direct], accuracy[:, ~direct], rank
+            found[:, ~direct] = _conjugate_gradients(
+                kernel, leading, root[:, ~direct], right[:, ~direct], accuracy[:, ~direct], rank
             )
-            step[:, ~direct] += found
-            change[:, ~direct] += image
-        return step, change
-
-    def _factored(self, root: Tensor, product: Tensor) -> Tensor:
-        """Return ε `(G, p, n)` by the Cholesky factors of the active blocks; `root` is √2c or 0."""
-        found, images = torch.zeros_like(root), root.shape[2]
-
-        def solve(at: tuple[int, int]) -> None:
-            active = root[at].nonzero()[:, 0]
-            block = self.kernel[at[0]].take(active[:, None] * images + active)
-            block.diagonal().add_(root[at][active] ** -2)
-            right = -product[at][active, None]
-            found[at][active] = torch.cholesky_solve(right, torch.linalg.cholesky(block))[:, 0]
-
-        list(in_parallel(solve, np.ndindex(*root.shape[:2]), root.device))
-        return found
-
-    def _conjugate_gradients(
-        self, root: Tensor, product: Tensor, accuracy: Tensor, rank: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return ε as `_factored` does, to a relative `accuracy` `(G, p)` of the residual, and Kε.
-
-        ε = root · z with (root K root + 1) z = −root · K r.
-        """
-        factor, inverse = self.leading.factor[..., :rank].contiguous(), self.leading.inverse(root, rank)
-
-        def precondition(vectors: Tensor) -> Tensor:
-            """Return (root FFᵀ root + 1)⁻¹ times `vectors`, by Woodbury's identity."""
-            inner = ((root * vectors) @ factor)[..., None, :] @ inverse
-            return vectors - root * (inner[..., 0, :] @ factor.mT)
-
-        residual = -root * product
-        solution, image = torch.zeros_like(root), torch.zeros_like(root)
-        direction = precondition(residual)
-        energy = (residual * direction).sum(dim=2)
-        target = accuracy.square() * energy
-        for _ in range(root.shape[2]):
-            wanting = energy > target
-            if not wanting.any():
-                break
-            kernel_direction = self._times_kernel(root * direction)
-            curved = direction + root * kernel_direction
-            length = torch.where(wanting, energy / (direction * curved).sum(dim=2), 0.0)[..., None]
-            solution += length * direction
-            image += length * kernel_direction
-            residual -= length * curved
-            preconditioned = precondition(residual)
-            previous, energy = energy, (residual * preconditioned).sum(dim=2)
-            direction = preconditioned + torch.where(wanting, energy / previous, 0.0)[..., None] * direction
-        return root * solution, image
+        return state.residual + found, state.product + _times(self.kernel, found)
 
 
 class _State(NamedTuple):
@@ -323,6 +272,68 @@ def _batches(costs: list[float], low: int) -> Iterator[list[float]]:
     low = max(1, low)
     yield from (few[at : at + low] for at in range(0, len(few), low))
     yield from ([cost] for cost in costs[len(few) :])
+
+
+def _times(kernel: Tensor, vectors: Tensor) -> Tensor:
+    """Return `vectors` `(G, p, n)` times `kernel` `(G, n, n)`; of a single one only the rows needed."""
+    if len(vectors) == 1:
+        needed = vectors[0].any(dim=0).nonzero()[:, 0]
+        if 5 * len(needed) < vectors.shape[2]:  # else copying them takes longer
+            return (vectors[0][:, needed] @ kernel[0][needed])[None]
+    return vectors @ kernel
+
+
+def _factored(kernel: Tensor, root: Tensor, right: Tensor) -> Tensor:
+    """Return ε `(G, p, n)` by the Cholesky factors of the active blocks, of the type of `kernel`.
+
+    On the active images (K + diag(root⁻²)) ε = `right`; `root` is √2c or 0.
+    """
+    found = torch.zeros_like(root)
+
+    def solve(at: tuple[int, int]) -> None:
+        active = root[at].nonzero()[:, 0]
+        block = kernel[at[0]].index_select(0, active).index_select(1, active)
+        block.diagonal().add_(root[at][active] ** -2)
+        of = right[at][active, None].to(block)
+        found[at][active] = torch.cholesky_solve(of, torch.linalg.cholesky(block))[:, 0].to(found)
+
+    list(in_parallel(solve, np.ndindex(*root.shape[:2]), root.device))
+    return found
+
+
+def _conjugate_gradients(
+    kernel: Tensor, leading: Leading, root: Tensor, right: Tensor, accuracy: Tensor, rank: int
+) -> Tensor:
+    """Return ε as `_factored` does, to a relative `accuracy` `(G, p)` of the residual.
+
+    ε = root · z with (root K root + 1) z = root · right, which is solved in units of its right side's size.
+    """
+    residual = root * right
+    size = residual.norm(dim=2, keepdim=True).clamp(min=torch.finfo(root.dtype).tiny)
+    residual, root = (residual / size).to(kernel), root.to(kernel)
+    factor, inverse = leading.factor[..., :rank].contiguous(), leading.inverse(root, rank)
+
+    def precondition(vectors: Tensor) -> Tensor:
+        """Return (root FFᵀ root + 1)⁻¹ times `vectors`, by Woodbury's identity."""
+        inner = ((root * vectors) @ factor)[..., None, :] @ inverse
+        return vectors - root * (inner[..., 0, :] @ factor.mT)
+
+    solution = torch.zeros_like(root)
+    direction = precondition(residual)
+    energy = (residual * direction).sum(dim=2)
+    target = accuracy.square().to(kernel) * energy
+    for _ in range(root.shape[2]):
+        wanting = energy > target
+        if not wanting.any():
+            break
+        curved = direction + root * _times(kernel, root * direction)
+        length = torch.where(wanting, energy / (direction * curved).sum(dim=2), 0.0)[..., None]
+        solution += length * direction
+        residual -= length * curved
+        preconditioned = precondition(residual)
+        previous, energy = energy, (residual * preconditioned).sum(dim=2)
+        direction = preconditioned + torch.where(wanting, energy / previous, 0.0)[..., None] * direction
+    return size * (root * solution)
 
 
 def _step_length(state: _State, step: Tensor, change: Tensor) -> Tensor:

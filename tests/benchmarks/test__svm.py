@@ -232,23 +232,51 @@ def test_every_solution_is_within_its_certificate(kind):
 
 @pytest.mark.parametrize("cost", [1e-3, 0.3, 100])
 @pytest.mark.parametrize("way", ["factored", "conjugate gradients"])
-def test_both_ways_solve_newtons_equation(way, cost):
+@pytest.mark.parametrize("precision", ["double", "single"])
+def test_both_ways_solve_newtons_equation(way, cost, precision):
     """(1 + Σ 2c x xᵀ over the active) step = −gradient, with every matrix written out."""
     rows, signs = hard(duplicates=False)
     problems, state = state_of(rows, signs, cost)
     root = (2 * state.weights * (state.slack > 0)).sqrt()
+    kernel, leading = (problems.kernel, problems.leading) if precision == "double" else problems.rough
     if way == "factored":
-        found = problems._factored(root, state.product)
+        found = _svm._factored(kernel, root, -state.product)
     else:
-        found, image = problems._conjugate_gradients(root, state.product, torch.full((1, 8), 1e-12), rank=5)
-        np.testing.assert_allclose(image, found @ problems.kernel, rtol=1e-8, atol=1e-8)
+        accuracy = torch.full((1, 8), 1e-12 if precision == "double" else 1e-6)
+        found = _svm._conjugate_gradients(kernel, leading, root, -state.product, accuracy, rank=5)
+    assert found.dtype == torch.float64
     images = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
     for column in range(8):
         residual, of = state.residual[0, column].numpy(), root[0, column].numpy()
         hessian = np.eye(images.shape[1]) + (images.T * of**2) @ images
         step = images.T @ (residual + found[0, column].numpy())
         expected = np.linalg.solve(hessian, images.T @ residual)
-        np.testing.assert_allclose(step, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+        error, norm = step - expected, np.linalg.eigvalsh(hessian)[-1]
+        bound = 1e-6 if precision == "double" else norm / 2**23
+        assert np.sqrt(error @ hessian @ error) <= bound * np.sqrt(residual @ images @ images.T @ residual)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1, 1e30])
+def test_steps_of_float32_are_of_any_size(scale):
+    """Near the solution the right sides are below what float32 can square."""
+    problems, state = state_of(*hard(duplicates=False), 0.3)
+    root, accuracy = (2 * state.weights * (state.slack > 0)).sqrt(), torch.full((1, 8), 1e-4)
+    one, scaled = (
+        _svm._conjugate_gradients(*problems.rough, root, right, accuracy, rank=5)
+        for right in (state.product, scale * state.product)
+    )
+    np.testing.assert_allclose(scaled, scale * one, rtol=1e-5, atol=1e-7 * scale * float(one.abs().max()))
+
+
+@pytest.mark.parametrize("rough", [0, 2**17, 2**40])
+def test_the_precision_of_the_steps_changes_no_solution(rough, monkeypatch):
+    rows, signs = hard(duplicates=True)
+    monkeypatch.setattr(_svm, "ROUGH", 0)
+    expected = [found.scores for found in problems_of(rows, signs).path(COSTS)]
+    monkeypatch.setattr(_svm, "ROUGH", rough)
+    for scores, found in zip(expected, problems_of(rows, signs).path(COSTS), strict=True):
+        assert found.gap.max() <= 1e-12
+        np.testing.assert_allclose(found.scores, scores, rtol=0, atol=1e-5 * float(scores.abs().max()))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "hard"])
@@ -306,7 +334,9 @@ def test_only_the_rows_that_are_needed_are_read():
     for many in (0, 1, 5, 40):
         vectors = torch.zeros(1, 3, 40, dtype=torch.float64)
         vectors[..., :many] = torch.from_numpy(np.random.default_rng(0).normal(size=(3, many)))
-        np.testing.assert_allclose(problems._times_kernel(vectors), vectors @ problems.kernel, atol=1e-13)
+        np.testing.assert_allclose(
+            _svm._times(problems.kernel, vectors), vectors @ problems.kernel, atol=1e-13
+        )
 
 
 def test_low_costs_are_solved_side_by_side_and_high_ones_singly():
