@@ -30,8 +30,9 @@ def process_group() -> Iterator[torch.device]:
     refuse_cpu()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        # A task to which Slurm gave a GPU of its own sees that alone.
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        device = torch.device(
+            "cuda", local_gpu(int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count())
+        )
         torch.cuda.set_device(device)
     launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if launched:
@@ -62,6 +63,19 @@ def refuse_cpu() -> None:
         f"expected the GPUs that CUDA_VISIBLE_DEVICES={given} names, found none: torch {torch.__version__} "
         f"{build}; mend the driver or the installation, or work on the CPU: `gpus: 0`, or SIMCLR_ALLOW_CPU=1"
     )
+
+
+def local_gpu(local_rank: int, visible: int) -> int:
+    """Return which of the `visible` GPUs is this process's; raises `BadInput` when it would share one.
+
+    A task to which Slurm gave a GPU of its own sees that alone.
+    """
+    if visible > 1 and local_rank >= visible:
+        raise BadInput(
+            f"expected a GPU for each process of this node, found process {local_rank} (from 0) and {visible} GPUs; "
+            "start as many processes per node as it has GPUs"
+        )
+    return local_rank % visible
 
 
 def leave() -> None:

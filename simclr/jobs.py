@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 HOUR = 3600
 SLOWEST = 10
+CAUSE = re.compile(r"simclr: |[\w.]*(Error|Exception|Interrupt)\b")
+LAUNCHER = re.compile(r"torch.distributed.elastic|^srun: error")
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def _hours(jobs: list[Planned]) -> tuple[str, str]:
 def _basis(jobs: list[Planned]) -> str:
     measured = sum(job.earlier is not None for job in jobs)
     if measured == 0:
-        return "the time limit: at most"
+        return "the recipe: at most"
     return "earlier runs" if measured == len(jobs) else f"earlier runs ({measured} of {len(jobs)} jobs)"
 
 
@@ -120,9 +123,16 @@ def _float(value: str) -> float | None:
 
 
 def last_line(log: Path) -> str | None:
-    """Return the last line of a log that says anything; None of an empty log, or where there is none."""
+    """Return the line of a log that tells how it ended; None of an empty log, or where there is none.
+
+    That is the last line that says anything; or, above what `torchrun` or `srun` reports of a failed process,
+    the sentence of this program, or the exception, that it failed of.
+    """
     lines = log.read_text(errors="replace").split("\n") if log.is_file() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), None)
+    lines = [line.strip() for line in lines if line.strip(" =-\r")]
+    reported = next((i for i, line in enumerate(lines) if LAUNCHER.search(line)), len(lines))
+    causes = [line for line in lines[:reported] if CAUSE.match(line)]
+    return (causes if causes and reported < len(lines) else lines or [None])[-1]
 
 
 def clock(seconds: float) -> str:

@@ -161,8 +161,13 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             # A POSIX lock, unlike flock's, is not inherited by a loader's worker that outlives the process.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             raise BadInput(f"{folder}: another run works in this folder; wait for it or stop it") from error
+        except OSError as error:
+            raise BadInput(
+                f"{folder}: its file system gives no locks ({error.strerror}), without which two runs could "
+                "write over each other; put the output on one that does"
+            ) from error
         yield
 
 

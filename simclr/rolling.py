@@ -125,6 +125,29 @@ def set_alarm() -> bool:
     return True
 
 
+@contextmanager
+def queued_again_in_time() -> Iterator[None]:
+    """Have this job of Slurm queued again, and exit with `STOPPED`, when its time is nearly over.
+
+    For work that keeps its own checkpoints, perhaps in processes of its own, and goes on from the last one.
+    """
+    if (left := slurm.seconds_left()) is None or left <= 0:
+        yield
+        return
+
+    def leave(*_: Any) -> NoReturn:
+        slurm.requeue()
+        sys.exit(STOPPED)
+
+    before = signal.signal(signal.SIGALRM, leave)
+    signal.alarm(math.ceil(left))
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def stop(where: str, signals: list[int]) -> NoReturn:
     """Exit with `STOPPED`, all processes together, once the state is saved.
 

@@ -11,6 +11,8 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from simclr import BadInput
+
 LEAD = 300  # seconds before the job's end for a step and a checkpoint; a tenth of its time where that is less
 
 
@@ -43,20 +45,28 @@ def requeue() -> None:
         print(f"the time limit of job {job} is near; it is queued again", file=sys.stderr)
 
 
-def jobs_from(folder: Path) -> dict[str, str]:
-    """Return number → rule and state of the jobs that Snakemake sent to Slurm from `folder`, not ended yet.
+def jobs_from(folder: Path) -> dict[str, tuple[str, str]]:
+    """Return number → (rule and wildcards, state) of the jobs in Slurm that Snakemake sent from `folder`.
 
-    Empty where there is no Slurm, or none that answers.
+    Jobs that have ended, or are about to, are not among them. Empty where there is no Slurm. Raises
+    `BadInput` when Slurm does not answer.
     """
     if shutil.which("squeue") is None:
         return {}
     command = ["squeue", "--me", "--noheader", "--format", "%i|%T|%k|%Z"]
-    said = subprocess.run(command, capture_output=True, text=True).stdout
+    said = subprocess.run(command, capture_output=True, text=True)
+    if said.returncode:
+        raise BadInput(
+            f"Slurm does not say which jobs run ({said.stderr.strip()}), and so not whether this run would "
+            "start one twice; give the same command again when `squeue` answers"
+        )
     found = {}
-    for row in said.splitlines():
+    for row in said.stdout.splitlines():
         job, state, comment, place = row.split("|", 3)
-        if comment.startswith(("rule_", "group_")) and os.path.realpath(place) == os.path.realpath(folder):
-            found[job] = f"{comment.replace('_wildcards_', ' ')}, {state.lower()}"
+        mine = comment.startswith("rule_") and os.path.realpath(place) == os.path.realpath(folder)
+        if mine and state != "COMPLETING":
+            rule, _, wildcards = comment.removeprefix("rule_").partition("_wildcards_")
+            found[job] = f"{rule} {wildcards}".strip(), state.lower()
     return found
 
 

@@ -136,3 +136,10 @@ def test_gpus_that_torch_does_not_see_are_not_replaced_by_the_cpu(monkeypatch, g
             distributed.refuse_cpu()
         monkeypatch.setenv("SIMCLR_ALLOW_CPU", "1")
     distributed.refuse_cpu()
+
+
+def test_no_two_processes_of_a_node_share_a_gpu():
+    assert [distributed.local_gpu(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
+    assert distributed.local_gpu(3, 1) == 0  # Slurm shows each task its own
+    with pytest.raises(BadInput, match=r"found process 4 .from 0. and 4 GPUs"):
+        distributed.local_gpu(4, 4)

@@ -15,7 +15,7 @@ def test_the_plan_sums_what_jobs_may_take_or_took_step_by_step():
     )
     assert [line.split() for line in plan.splitlines() if "--" not in line] == [
         ["plan", "jobs", "GPUs", "each", "hours", "GPU-hours", "estimated", "from"],
-        ["pretrain", "1", "8", "10", "80", "the", "time", "limit:", "at", "most"],
+        ["pretrain", "1", "8", "10", "80", "the", "recipe:", "at", "most"],
         ["knn", "2", "1", "to", "2", "3", "5", "earlier", "runs", "(1", "of", "2", "jobs)"],
         ["svm", "1", "0", "0.01", "0", "earlier", "runs"],
         ["total", "4", "13", "85"],
@@ -60,3 +60,20 @@ def test_the_last_line_of_a_log_that_says_anything(tmp_path):
     assert jobs.last_line(log) is None
     log.write_bytes(b"one\n  10 %|\xff|\r two \n \n")
     assert jobs.last_line(log).endswith("two")
+
+
+def test_what_ended_a_job_stands_above_the_report_of_its_launcher(tmp_path):
+    log = tmp_path / "a.log"
+    sentence = "simclr: gone.json: no such file"
+    reports = (
+        "W1125 09:00:00 torch/distributed/elastic/multiprocessing/api.py:900] Sending\n"
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n" + "=" * 60 + "\n",
+        "srun: error: gn1: task 0: Exited with exit code 2\n",
+    )
+    for report in reports:
+        log.write_text(f"step 1\n{sentence}\nsome warning\n{report}")
+        assert jobs.last_line(log) == sentence
+        log.write_text(f"Traceback\nValueError: bad\n{report}")
+        assert jobs.last_line(log) == "ValueError: bad"
+    log.write_text(f"{sentence}\nstep 2 of 3\n")
+    assert jobs.last_line(log) == "step 2 of 3"

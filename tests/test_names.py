@@ -77,7 +77,7 @@ def _is_record(name: str) -> bool:
 def test_the_snakefile_reads_in_page_order():
     includes = re.findall(r'^include: "rules/(\w+)\.smk"', snakefile(), re.M)
     assert includes == [
-        *("common", "run", "datasets", "pretrain", "convert", "features"),
+        *("common", "resources", "run", "datasets", "pretrain", "convert", "features"),
         *BENCHMARKS,
         "model_zoo",
     ]

@@ -9,7 +9,7 @@ from datetime import datetime
 
 import pytest
 
-from simclr import rolling, slurm
+from simclr import BadInput, rolling, slurm
 
 
 @pytest.fixture
@@ -95,7 +95,27 @@ def test_jobs_of_this_folder_are_found_among_others(answers, tmp_path):
         "20|RUNNING|rule_demo|/elsewhere",
     ]
     answers("squeue", "\n".join(rows))
-    assert slurm.jobs_from(tmp_path) == {"17": "rule_pretrain simclr, running", "18": "rule_demo, pending"}
+    assert slurm.jobs_from(tmp_path) == {"17": ("pretrain simclr", "running"), "18": ("demo", "pending")}
+
+
+def test_a_slurm_that_does_not_answer_is_not_one_without_jobs(answers, tmp_path):
+    answers("squeue", "timed out", status=1)
+    with pytest.raises(BadInput, match=r"does not say which jobs run .timed out."):
+        slurm.jobs_from(tmp_path)
+
+
+def test_work_with_its_own_checkpoints_is_queued_again_before_the_limit(monkeypatch):
+    asked = []
+    monkeypatch.setattr(slurm, "requeue", lambda: asked.append(True))
+    monkeypatch.setattr(slurm, "seconds_left", lambda: 0.2)
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(SystemExit) as end, rolling.queued_again_in_time():
+        time.sleep(10)
+    assert (end.value.code, asked) == (rolling.STOPPED, [True])
+    assert signal.getsignal(signal.SIGALRM) is before
+    monkeypatch.setattr(slurm, "seconds_left", lambda: None)
+    with rolling.queued_again_in_time():
+        assert signal.getsignal(signal.SIGALRM) is before
 
 
 def test_without_slurm_there_are_no_jobs(tmp_path, monkeypatch):

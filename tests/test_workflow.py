@@ -197,7 +197,7 @@ def test_a_dry_run_prints_the_plan_with_what_earlier_runs_took(clone):
     assert rows["pretrain"] == ["1", "4", "2", "8", "earlier", "runs"]
     # Another model's, on other GPUs, tells nothing of the one on the CPU.
     assert " ".join(rows["imagenet_knn"]) == "2 0 to 1 1.2 1 earlier runs (1 of 2 jobs)"
-    assert rows["random_init"][-5:] == ["the", "time", "limit:", "at", "most"]
+    assert rows["random_init"][-4:] == ["the", "recipe:", "at", "most"]
     assert rows["total"][0] == str(sum(call.jobs().values()))
 
 
@@ -284,15 +284,40 @@ def test_several_gpus_are_one_launch_with_a_process_each(clone):
 
 def test_several_nodes_are_one_srun_with_a_task_per_gpu(clone):
     arguments = edited(clone, lambda content: content["models"]["simclr"].update(gpus=4, nodes=2))
-    call = snakemake(clone, "-n", "-p", "imagenet_mhead", *arguments)
+    call = snakemake(clone, "--profile", "slurm", "-n", "-p", "imagenet_mhead", *arguments)
     assert call.status == 0, call.said
     (line,) = re.findall(r"^Shell command: (.*) -m simclr pretrain ", call.said, re.M)
     assert line.startswith("srun --nodes=2 --ntasks-per-node=2 --cpus-per-task=8")
     assert line.endswith(" --kill-on-bad-exit=1 python")
-    assert "gres=gpu:2, nodes=2, tasks=4, tasks_per_gpu=0, cpus_per_task=8, mpi=srun" in call.said
+    job = re.search(r"^rule pretrain_over_nodes:.*?resources: (.*?)$", call.said, re.M | re.S)[1]
+    asked = "gres=gpu:2, nodes=2, tasks_per_node=2, tasks_per_gpu=0, cpus_per_task=8, mpi=srun"
+    assert all(each in job for each in asked.split(", ")), job
+    alone = edited(clone, lambda content: content["models"]["simclr"].update(gpus=4))
+    call_alone = snakemake(clone, "--profile", "slurm", "-n", "imagenet_mhead", *alone)
+    minutes = [
+        re.search(r"runtime=(\d+)", each)[1] for each in (job, call_alone.said.partition("rule pretrain:")[2])
+    ]
+    assert minutes[0] == minutes[1]
     # What runs on one node takes the GPUs of one.
     (line,) = re.findall(r"^Shell command: (.*) -m simclr imagenet_mhead --model simclr ", call.said, re.M)
     assert line.endswith("torchrun --standalone --nproc-per-node=2")
+
+
+def test_no_job_asks_for_more_than_the_site_gives(clone, monkeypatch):
+    partitions = clone / "partitions.yaml"
+    partitions.write_text(
+        "partitions:\n  cpu: {max_gpu: 0}\n  gpu: {max_gpu: 8, max_runtime: 1d, max_mem_mb: 90000}\n"
+    )
+    monkeypatch.setenv("SNAKEMAKE_SLURM_PARTITIONS", str(partitions))
+    call = snakemake(clone, "-n", "all")
+    assert call.status == 0, call.said
+    asked = re.findall(r"^    resources: .*$", call.said, re.M)
+    of_gpus = [line for line in asked if re.search(r"gpu=[1-9]", line)]
+    assert max(int(re.search(r"runtime=(\d+)", line)[1]) for line in of_gpus) == 24 * 60
+    assert max(int(re.search(r"mem_mb=(\d+)", line)[1]) for line in of_gpus) == 90_000
+    plan = re.search(r"^plan .*?^total.*?$", call.said, re.M | re.S)[0]
+    hours = float(re.search(r"^pretrain +5 +8 +([\d,]+)", plan, re.M)[1])
+    assert hours > 5 * 24  # in several turns
 
 
 def test_more_nodes_train_nothing_again(finished):

@@ -58,14 +58,14 @@ def evaluate(
     `measure(test images, detections, class names)` is one of `_detection_metrics`. `picture` is a PNG
     file of some test images with what was detected in the first trial.
     """
-    from simclr import datasets
+    from simclr import datasets, rolling
     from simclr.benchmarks._detection_metrics import measured
     from simclr.benchmarks._detection_sheet import draw
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BadInput("detection starts one process per visible GPU itself: call it once, without torchrun")
     truth = datasets.detection(dataset, config.test_split)
-    with workplace(work, identity(backbone, dataset, config)) as folder:
+    with workplace(work, identity(backbone, dataset, config)) as folder, rolling.queued_again_in_time():
         spec = _prepare(folder, backbone, dataset, config, truth)
         results = [_trial({**spec, "seed": config.seed + i}, folder) for i in range(config.trials)]
     values = [measured(measure, truth, result["detections"], dataset.class_names) for result in results]

@@ -253,9 +253,7 @@ class Checkpoints(Hook):
                 self.save(runner, done)
             distributed.barrier()
         if asked and done < last:
-            if distributed.rank() == 0:
-                print(f"stopped after iteration {done} of {last}; the same command goes on", file=sys.stderr)
-            sys.exit(rolling.STOPPED)
+            rolling.stop(f"after iteration {done} of {last}", self.signals)
 
     def save(self, runner: Runner, iterations: int) -> None:
         """Write the state after so many iterations, and drop all but the newest two up to it."""

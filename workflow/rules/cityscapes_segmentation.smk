@@ -19,15 +19,14 @@ rule cityscapes_segmentation_record:
         "<results>/{model}/times/cityscapes_segmentation.tsv"
     conda:
         "../../envs/mmseg.yaml"
-    threads: lambda wildcards: 8 * dividing_gpus(wildcards, "cityscapes_segmentation") or 1
+    threads: cores(dividing_gpus("cityscapes_segmentation"))
     resources:
-        gpu=lambda wildcards: dividing_gpus(wildcards, "cityscapes_segmentation"),
-        mem_mb=lambda wildcards, attempt: attempt
-        * (3_000 + 24_000 * dividing_gpus(wildcards, "cityscapes_segmentation")),
-        runtime=lambda wildcards, attempt: attempt
-        * minutes(
+        gpu=dividing_gpus("cityscapes_segmentation"),
+        mem_mb=megabytes(3_000, per_gpu=24_000, gpus=dividing_gpus("cityscapes_segmentation")),
+        runtime=minutes(
             trained_on("cityscapes_segmentation"),
-            per_second=10 * max(1, dividing_gpus(wildcards, "cityscapes_segmentation")),
+            per_second=10,
+            gpus=dividing_gpus("cityscapes_segmentation"),
         ),
     params:
         config=benchmark_block("cityscapes_segmentation"),

@@ -19,15 +19,12 @@ rule coco2017_detection_record:
         "<results>/{model}/times/coco2017_detection.tsv"
     conda:
         "../../envs/detectron2.yaml"
-    threads: lambda wildcards: 8 * dividing_gpus(wildcards, "coco2017_detection") or 1
+    threads: cores(dividing_gpus("coco2017_detection"))
     resources:
-        gpu=lambda wildcards: dividing_gpus(wildcards, "coco2017_detection"),
-        mem_mb=lambda wildcards, attempt: attempt
-        * (3_000 + 48_000 * dividing_gpus(wildcards, "coco2017_detection")),
-        runtime=lambda wildcards, attempt: attempt
-        * minutes(
-            trained_on("coco2017_detection"),
-            per_second=3 * max(1, dividing_gpus(wildcards, "coco2017_detection")),
+        gpu=dividing_gpus("coco2017_detection"),
+        mem_mb=megabytes(3_000, per_gpu=48_000, gpus=dividing_gpus("coco2017_detection")),
+        runtime=minutes(
+            trained_on("coco2017_detection"), per_second=3, gpus=dividing_gpus("coco2017_detection")
         ),
     params:
         config=benchmark_block("coco2017_detection"),

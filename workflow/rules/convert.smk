@@ -21,8 +21,8 @@ rule convert_backbone:
     conda:
         "../../envs/{format}.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 3_000 * attempt,
-        runtime=lambda wildcards, attempt: 10 * attempt,
+        mem_mb=megabytes(3_000),
+        runtime=minutes(0, per_second=1),
     shell:
         "python -m simclr convert --backbone {input.backbone} --format {wildcards.format}"
         " --output {output.weights} > {log} 2>&1"

@@ -12,8 +12,8 @@ if CONFIG.demo_data:
         conda:
             "../../envs/simclr.yaml"
         resources:
-            mem_mb=lambda wildcards, attempt: 2_000 * attempt,
-            runtime=lambda wildcards, attempt: 10 * attempt,
+            mem_mb=megabytes(2_000),
+            runtime=minutes(0, per_second=1),
         params:
             folder=lambda wildcards, output: os.path.dirname(output[0]),
         shell:
@@ -46,8 +46,8 @@ rule dataset:
     conda:
         "../../envs/simclr.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: attempt * (1_500 + images(wildcards.dataset) // 500),
-        runtime=lambda wildcards, attempt: attempt * minutes(images(wildcards.dataset), per_second=500),
+        mem_mb=megabytes(lambda wildcards: 1_500 + images(wildcards.dataset) // 500),
+        runtime=minutes(lambda wildcards: images(wildcards.dataset), per_second=300),
     params:
         config=dataset_block,
     shell:

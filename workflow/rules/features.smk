@@ -17,13 +17,12 @@ rule features:
         dataset=any_of(type(CONFIG.features).model_fields),
     conda:
         "../../envs/simclr.yaml"
-    threads: lambda wildcards: 8 * feature_gpus(wildcards) or 1
+    threads: cores(feature_gpus)
     resources:
         gpu=feature_gpus,
-        mem_mb=lambda wildcards, attempt: attempt * 8_000 * max(1, feature_gpus(wildcards)),
-        runtime=lambda wildcards, attempt: attempt
-        * minutes(
-            images(wildcards.dataset, wildcards.split), per_second=300 * max(1, feature_gpus(wildcards))
+        mem_mb=megabytes(8_000, per_gpu=8_000, gpus=feature_gpus),
+        runtime=minutes(
+            lambda wildcards: images(wildcards.dataset, wildcards.split), per_second=300, gpus=feature_gpus
         ),
     params:
         config=feature_block,

@@ -18,11 +18,11 @@ rule imagenet_knn_record:
         "<results>/{model}/times/imagenet_knn.tsv"
     conda:
         "../../envs/simclr.yaml"
-    threads: cores
+    threads: cores(gpu)
     resources:
         gpu=gpu,
-        mem_mb=lambda wildcards, attempt: attempt * (2_000 + min(6_000, images("imagenet") // 10)),
-        runtime=lambda wildcards, attempt: attempt * minutes(images("imagenet", "val"), per_second=50),
+        mem_mb=megabytes(lambda wildcards: 2_000 + min(6_000, images("imagenet") // 10), gpus=gpu),
+        runtime=minutes(lambda wildcards: images("imagenet", "val"), per_second=10),
     params:
         config=benchmark_block("imagenet_knn"),
         python=python,

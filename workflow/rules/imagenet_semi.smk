@@ -20,15 +20,11 @@ rule imagenet_semi_record:
         "<results>/{model}/times/imagenet_semi.tsv"
     conda:
         "../../envs/simclr.yaml"
-    threads: lambda wildcards: 8 * node_gpus(wildcards) or 1
+    threads: cores(node_gpus)
     resources:
         gpu=node_gpus,
-        mem_mb=lambda wildcards, attempt: attempt * (2_000 + 24_000 * node_gpus(wildcards)),
-        runtime=lambda wildcards, attempt: attempt
-        * minutes(
-            images("imagenet", "train") * CONFIG.benchmarks.imagenet_semi.epochs,
-            per_second=500 * max(1, node_gpus(wildcards)),
-        ),
+        mem_mb=megabytes(2_000, per_gpu=24_000, gpus=node_gpus),
+        runtime=minutes(trained_on("imagenet_semi"), per_second=500, gpus=node_gpus),
     params:
         config=benchmark_block("imagenet_semi"),
         work=work_folder("imagenet_semi"),

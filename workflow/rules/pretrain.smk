@@ -25,12 +25,8 @@ rule pretrain:
     threads: lambda wildcards: 8 * gpus(wildcards) or 4
     resources:
         gpu=gpus,
-        mem_mb=lambda wildcards, attempt: attempt * (3_000 + 16_000 * gpus(wildcards)),
-        runtime=lambda wildcards, attempt: attempt
-        * minutes(
-            images("imagenet", "train") * CONFIG.models[wildcards.model].pretrain.epochs,
-            per_second=300 * max(1, gpus(wildcards)),
-        ),
+        mem_mb=megabytes(3_000, per_gpu=16_000, gpus=gpus),
+        runtime=minutes(pretrained_on, per_second=300, gpus=gpus),
     params:
         config=source_block,
         work=work_folder("pretrain"),
@@ -44,14 +40,18 @@ rule pretrain:
 use rule pretrain as pretrain_over_nodes with:
     wildcard_constraints:
         model=models_over_nodes(),
+    threads: CORES_PER_GPU
     resources:
         gres=lambda wildcards: f"gpu:{node_gpus(wildcards)}",
         nodes=nodes,
-        tasks=gpus,
+        # By their number alone Slurm would fill the first node with tasks; the executor refuses one per node.
+        tasks_per_node=lambda wildcards: node_gpus(wildcards) if node_gpus(wildcards) > 1 else None,
+        tasks=lambda wildcards: nodes(wildcards) if node_gpus(wildcards) == 1 else None,
         tasks_per_gpu=0,  # else the executor would start `tasks` of them for each GPU
-        cpus_per_task=8,
+        cpus_per_task=CORES_PER_GPU,
         mpi="srun",
-        mem_mb=lambda wildcards, attempt: attempt * (3_000 + 16_000 * node_gpus(wildcards)),
+        mem_mb=megabytes(3_000, per_gpu=16_000, gpus=node_gpus),
+        runtime=minutes(pretrained_on, per_second=300, gpus=gpus),
     params:
         python=launcher_over_nodes,
 
@@ -70,8 +70,8 @@ rule import_checkpoint:
     conda:
         "../../envs/simclr.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 3_000 * attempt,
-        runtime=lambda wildcards, attempt: 30 * attempt,
+        mem_mb=megabytes(3_000),
+        runtime=minutes(0, per_second=1),
     params:
         config=source_block,
     shell:
@@ -91,8 +91,8 @@ rule random_init:
     conda:
         "../../envs/simclr.yaml"
     resources:
-        mem_mb=lambda wildcards, attempt: 2_000 * attempt,
-        runtime=lambda wildcards, attempt: 10 * attempt,
+        mem_mb=megabytes(2_000),
+        runtime=minutes(0, per_second=1),
     params:
         config=source_block,
     shell:

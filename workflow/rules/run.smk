@@ -30,9 +30,9 @@ def job_gpus(job):
 
 
 def job_cores(job):
-    """Return the cores of a job, over all of its tasks, where the profile or the rule says so; else its threads."""
+    """Return the cores of a job, over all of its nodes, where the profile or the rule says so; else its threads."""
     per_gpu = held(job, "cpus_per_gpu") * job_gpus(job)
-    return held(job, "cpus_per_task") * max(1, held(job, "tasks")) or per_gpu or job.threads
+    return held(job, "cpus_per_task") * max(1, job_gpus(job)) or per_gpu or job.threads
 
 
 @cache
@@ -64,8 +64,9 @@ def earlier(job):
 
 def planned(job):
     """Return what a job that is to run will take."""
-    limit = 60 * job.resources.get("runtime", 0)
-    return simclr.jobs.Planned(step(job), job_gpus(job), limit, earlier(job) if job.benchmark else None)
+    # By attempt 0 all of it, in however many turns the site's limit makes it run.
+    whole = job.rule.expand_resources(job.wildcards, job.input, attempt=0).get("runtime", 0)
+    return simclr.jobs.Planned(step(job), job_gpus(job), 60 * whole, earlier(job) if job.benchmark else None)
 
 
 def finished(job):
@@ -95,38 +96,45 @@ def with_plan(record):
 
 
 def refuse_twice():
-    """Raise where jobs that a Snakemake which was killed sent to Slurm go on: this run would start them again."""
-    if left := simclr.slurm.jobs_from(Path.cwd()):
-        listing = "; ".join(f"{job} ({what})" for job, what in left.items())
+    """Raise where a job that this run needs is in Slurm already, sent by a Snakemake that works or was killed."""
+    try:
+        there = simclr.slurm.jobs_from(Path.cwd())
+    except simclr.BadInput as error:
+        if workflow.local_exec:
+            return
+        raise WorkflowError(str(error))
+    needed = {" ".join([job.rule.name, *job.wildcards_dict.values()]) for job in workflow.dag.needrun_jobs()}
+    left = {number: job for number, (job, _) in there.items() if job in needed}
+    if left:
+        listing = "; ".join(f"{number} ({job}, {there[number][1]})" for number, job in left.items())
         raise WorkflowError(
-            f"An earlier run in this folder left jobs in Slurm: {listing}. Wait for them, or stop them with "
-            f"`scancel {' '.join(left)}`, which costs a training no more than a step; then give the same "
-            "command again."
+            f"Another or an earlier run in this folder has jobs in Slurm that this one needs, too: {listing}. Wait for "
+            f"them; or, if no other run is alive, stop them with `scancel {' '.join(left)}`, which costs a training no "
+            "more than a step. Then give the same command again."
         )
 
 
 def slurm_log(job):
     """Return the newest of the logs that Slurm itself wrote of a job; it need not exist."""
-    wildcards = "_".join(job.wildcards_dict.values()).replace("/", "_")
-    folder = Path(".snakemake/slurm_logs") / f"rule_{job.rule.name}" / wildcards
+    folder = Path(".snakemake/slurm_logs") / f"rule_{job.rule.name}" / "_".join(job.wildcards_dict.values())
     return max(folder.glob("*.log"), key=lambda log: log.stat().st_mtime, default=folder / "none.log")
 
 
 def say_failures():
-    """Print of each job that failed to the last what it was, why, and where more stands."""
+    """Say of each job that failed to the last what it was, why, and where more stands."""
     for job in in_page_order(workflow.scheduler.failed):
         limits = held(job, "mem_mb"), held(job, "runtime")
         cause = simclr.slurm.cause_of_death(slurm_log(job), job.rule.name, *limits)
         name = " ".join([job.rule.name, *job.wildcards_dict.values()])
         last = simclr.jobs.last_line(Path(job.log[0])) if job.log else None
-        print(f"{name} failed at attempt {job.attempt}: {cause or last}; log: {', '.join(job.log)}")
+        logger.error(f"{name} failed at attempt {job.attempt}: {cause or last}; log: {', '.join(job.log)}")
 
 
 def say_summary():
-    """Print what this run took."""
+    """Say what this run took."""
     jobs = [job for job in map(finished, in_page_order(workflow.dag.jobs)) if job]
     if jobs:
-        print(simclr.jobs.summary(jobs, wall=time.time() - workflow.start_time.timestamp()))
+        logger.info(simclr.jobs.summary(jobs, wall=time.time() - workflow.start_time.timestamp()))
 
 
 def make_page():
@@ -136,14 +144,14 @@ def make_page():
     try:
         simclr.model_zoo.model_zoo(records, CONFIG, Path("results/published.yaml"), page)
     except simclr.BadInput as error:
-        print(f"The page was not made: {error}")
+        logger.error(f"The page was not made: {error}")
 
 
 def say_page():
-    """Print where the page lies."""
+    """Say where the page lies."""
     page = CONFIG.output / "model_zoo.md"
     if page.exists():
-        print(f"The page: {page}")
+        logger.info(f"The page: {page}")
 
 
 logger.addFilter(with_plan)

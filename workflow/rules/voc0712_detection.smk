@@ -19,15 +19,12 @@ rule voc0712_detection_record:
         "<results>/{model}/times/voc0712_detection.tsv"
     conda:
         "../../envs/detectron2.yaml"
-    threads: lambda wildcards: 8 * dividing_gpus(wildcards, "voc0712_detection") or 1
+    threads: cores(dividing_gpus("voc0712_detection"))
     resources:
-        gpu=lambda wildcards: dividing_gpus(wildcards, "voc0712_detection"),
-        mem_mb=lambda wildcards, attempt: attempt
-        * (3_000 + 32_000 * dividing_gpus(wildcards, "voc0712_detection")),
-        runtime=lambda wildcards, attempt: attempt
-        * minutes(
-            trained_on("voc0712_detection"),
-            per_second=3 * max(1, dividing_gpus(wildcards, "voc0712_detection")),
+        gpu=dividing_gpus("voc0712_detection"),
+        mem_mb=megabytes(3_000, per_gpu=32_000, gpus=dividing_gpus("voc0712_detection")),
+        runtime=minutes(
+            trained_on("voc0712_detection"), per_second=3, gpus=dividing_gpus("voc0712_detection")
         ),
     params:
         config=benchmark_block("voc0712_detection"),

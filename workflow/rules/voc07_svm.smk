@@ -18,10 +18,11 @@ rule voc07_svm_record:
         "<results>/{model}/times/voc07_svm.tsv"
     conda:
         "../../envs/simclr.yaml"
-    threads: cores
+    threads: cores(gpu)
     resources:
-        mem_mb=lambda wildcards, attempt: attempt * (2_000 + images("voc2007") // 2),
-        runtime=lambda wildcards, attempt: attempt * (10 + images("voc2007") // 20),
+        cpus_per_task=cores(gpu),  # of Slurm: `threads` are those of this machine at most
+        mem_mb=megabytes(lambda wildcards: 2_000 + images("voc2007") // 2),
+        runtime=minutes(lambda wildcards: images("voc2007"), per_second=3),
     params:
         config=benchmark_block("voc07_svm"),
     shell:

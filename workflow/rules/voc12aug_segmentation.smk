@@ -19,15 +19,12 @@ rule voc12aug_segmentation_record:
         "<results>/{model}/times/voc12aug_segmentation.tsv"
     conda:
         "../../envs/mmseg.yaml"
-    threads: lambda wildcards: 8 * dividing_gpus(wildcards, "voc12aug_segmentation") or 1
+    threads: cores(dividing_gpus("voc12aug_segmentation"))
     resources:
-        gpu=lambda wildcards: dividing_gpus(wildcards, "voc12aug_segmentation"),
-        mem_mb=lambda wildcards, attempt: attempt
-        * (3_000 + 24_000 * dividing_gpus(wildcards, "voc12aug_segmentation")),
-        runtime=lambda wildcards, attempt: attempt
-        * minutes(
-            trained_on("voc12aug_segmentation"),
-            per_second=20 * max(1, dividing_gpus(wildcards, "voc12aug_segmentation")),
+        gpu=dividing_gpus("voc12aug_segmentation"),
+        mem_mb=megabytes(3_000, per_gpu=24_000, gpus=dividing_gpus("voc12aug_segmentation")),
+        runtime=minutes(
+            trained_on("voc12aug_segmentation"), per_second=10, gpus=dividing_gpus("voc12aug_segmentation")
         ),
     params:
         config=benchmark_block("voc12aug_segmentation"),

@@ -1,0 +1,161 @@
+"""What jobs ask for, as functions of the config and of the attempt, and how each is started with it."""
+
+import os
+from math import inf
+from pathlib import Path
+
+from snakemake_executor_plugin_slurm.partitions import read_partition_file
+
+# The site's partitions, by which also the executor chooses: no job asks for more than they give.
+PARTITIONS = Path(os.environ.get("SNAKEMAKE_SLURM_PARTITIONS", "workflow/profiles/slurm/partitions.yaml"))
+SITE = [partition.limits for partition in read_partition_file(PARTITIONS)] if PARTITIONS.is_file() else []
+CORES_PER_GPU = 8  # most of them to decode images; on Slurm `cpus_per_gpu` of the profile counts
+CPU = 0.01  # of the speed of a GPU
+DEPTH = {18: 0.44, 34: 0.9, 50: 1.0}  # operations of a ResNet for an image, those of ResNet-50 being 1
+
+
+# ---------------------------------------------------------------- GPUs and cores
+
+
+def gpus(wildcards):
+    """Return the GPUs that pretraining the model takes; 0 is the CPU."""
+    return CONFIG.models[wildcards.model].gpus
+
+
+def nodes(wildcards):
+    """Return the nodes that pretraining the model takes."""
+    return CONFIG.models[wildcards.model].nodes
+
+
+def node_gpus(wildcards):
+    """Return the GPUs of a job that divides its work over those of one node."""
+    return gpus(wildcards) // nodes(wildcards)
+
+
+def gpu(wildcards):
+    """Return the GPUs of a job that cannot divide its work: one, or none for a model on the CPU."""
+    return min(1, gpus(wildcards))
+
+
+def no_gpu(wildcards):
+    return 0
+
+
+def dividing_gpus(name):
+    """Return a function of the wildcards: GPUs of one node, as many as divide the benchmark's batch evenly."""
+
+    def most(wildcards):
+        config = getattr(CONFIG.benchmarks, name)
+        batch = getattr(config, "images_per_iteration", None) or config.batch_size
+        return max((n for n in range(1, node_gpus(wildcards) + 1) if batch % n == 0), default=0)
+
+    return most
+
+
+def feature_gpus(wildcards):
+    """Return the GPUs that extract the features of a split: one more for each 100,000 images, on one node."""
+    return min(node_gpus(wildcards), 1 + images(wildcards.dataset, wildcards.split) // 100_000)
+
+
+def cores(gpus):
+    """Return a function of the wildcards: the cores of a job on so many GPUs; on the CPU, one."""
+    return lambda wildcards: CORES_PER_GPU * gpus(wildcards) or 1
+
+
+# ---------------------------------------------------------------- memory and time
+
+
+def site(limit, gpus):
+    """Return the largest `limit` of the partitions that take a job of so many GPUs; infinite where none says one."""
+    limits = [getattr(each, limit) for each in SITE if (each.max_gpu > 0) == (gpus > 0)]
+    return max(limits, default=inf)
+
+
+def megabytes(fixed, per_gpu=0, gpus=no_gpu):
+    """Return a function of the job: megabytes of one of its nodes, more with every attempt, within the site's limit."""
+
+    def asked(wildcards, attempt):
+        taken = gpus(wildcards)
+        return min(attempt * (number(fixed, wildcards) + per_gpu * taken), site("max_mem_mb", taken))
+
+    return asked
+
+
+def minutes(images, per_second, gpus=None):
+    """Return a function of the job: the minutes that so many images take, and ten for everything else.
+
+    More with every attempt, within the site's limit; all of them, whatever the limit, for attempt 0. Where `gpus`
+    are given, `per_second` is of one that runs ResNet-50.
+    """
+
+    def asked(wildcards, attempt):
+        taken = gpus(wildcards) if gpus else 0
+        speed = per_second * (taken or CPU) / operations(wildcards) if gpus else per_second
+        whole = 10 + int(number(images, wildcards) / speed / 60)
+        return min(attempt * whole, site("max_runtime", taken)) if attempt else whole
+
+    return asked
+
+
+def number(amount, wildcards):
+    """Return an amount that may be a function of the wildcards."""
+    return amount(wildcards) if callable(amount) else amount
+
+
+def operations(wildcards):
+    """Return the operations of the model's backbone for an image, those of ResNet-50 being 1."""
+    model = CONFIG.models[wildcards.model]
+    depth, _, width = getattr(model, model.source).architecture.removeprefix("resnet").partition("_w")
+    return DEPTH[int(depth)] * float(width or 1) ** 2
+
+
+def images(dataset, *splits):
+    """Return how many images these splits of a dataset have; without splits, all of them."""
+    counts = CONFIG.dataset(dataset).images
+    return sum(counts[split] for split in splits or counts)
+
+
+def pretrained_on(wildcards):
+    """Return how many images pretraining the model sees."""
+    return images("imagenet", "train") * CONFIG.models[wildcards.model].pretrain.epochs
+
+
+def trained_on(name):
+    """Return a function of the wildcards: how many images training for a benchmark sees."""
+
+    def seen(wildcards):
+        config = getattr(CONFIG.benchmarks, name)
+        if hasattr(config, "epochs"):
+            return images(config.dataset, "train") * config.epochs
+        return config.iterations * config.batch_size * getattr(config, "trials", 1)
+
+    return seen
+
+
+# ---------------------------------------------------------------- processes
+
+
+def python(wildcards, resources):
+    """Return what starts one process; `resources` keeps it out of what is compared."""
+    hidden = "" if resources.gpu else "CUDA_VISIBLE_DEVICES= "  # on the CPU, also where there is a GPU
+    return f"{hidden}python"
+
+
+def launcher(wildcards, resources):
+    """Return what starts a process per GPU of one node; for `resources` see `python`."""
+    if resources.gpu <= 1:
+        return python(wildcards, resources)
+    # As an option it would be unknown to torch 2.8, and torchrun overwrites TORCHELASTIC_SIGNALS_TO_HANDLE.
+    signals = "PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGUSR1"
+    return f"{signals} torchrun --standalone --nproc-per-node={resources.gpu}"
+
+
+def launcher_over_nodes(wildcards, resources):
+    """Return what starts a process per GPU on each of the nodes of the job; for `resources` see `python`.
+
+    The processes meet where `simclr.distributed` says, which holds after a requeue on other nodes, too.
+    """
+    return (
+        f"{resources.mpi} --nodes={resources.nodes} --ntasks-per-node={node_gpus(wildcards)}"
+        f" --cpus-per-task={resources.cpus_per_task} --kill-on-bad-exit=1 python"
+    )
