@@ -72,8 +72,8 @@ def local_gpu(local_rank: int, visible: int) -> int:
     """
     if visible > 1 and local_rank >= visible:
         raise BadInput(
-            f"expected a GPU for each process of this node, found process {local_rank} (from 0) and {visible} GPUs; "
-            "start as many processes per node as it has GPUs"
+            f"expected a GPU for each process of this node, found process {local_rank} (from 0) and "
+            f"{visible} GPUs; start as many processes per node as it has GPUs"
         )
     return local_rank % visible
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 from simclr import BadInput
 
+MISSING = 127  # exit status of a program that is not there, as of a shell
 LEAD = 300  # seconds before the job's end for a step and a checkpoint; a tenth of its time where that is less
 
 
@@ -24,13 +25,13 @@ def seconds_left() -> float | None:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return None
-    command = ["squeue", "--noheader", "--jobs", job, "--format", "%S %e"]
-    said = subprocess.run(command, capture_output=True, text=True)
+    status, answer = ask("squeue", "--noheader", "--jobs", job, "--format", "%S %e")
+    if status:
+        print(f"the time limit of job {job} is not watched: {answer}", file=sys.stderr)
+        return None
     try:
-        start, end = (datetime.fromisoformat(text).timestamp() for text in said.stdout.split())
-    except ValueError:  # "N/A"; or Slurm does not answer
-        if said.returncode:
-            print(f"the time limit of job {job} is not watched: {said.stderr.strip()}", file=sys.stderr)
+        start, end = (datetime.fromisoformat(text).timestamp() for text in answer.split())
+    except ValueError:  # "N/A"
         return None
     return end - min(LEAD, (end - start) / 10) - time.time()
 
@@ -38,35 +39,49 @@ def seconds_left() -> float | None:
 def requeue() -> None:
     """Queue this very job again, which ends it; say so, or why Slurm refuses."""
     job = os.environ["SLURM_JOB_ID"]
-    said = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-    if said.returncode:
-        print(f"job {job} is not queued again: {said.stderr.strip()}", file=sys.stderr)
-    else:
-        print(f"the time limit of job {job} is near; it is queued again", file=sys.stderr)
+    status, answer = ask("scontrol", "requeue", job)
+    said = f"is not queued again: {answer}" if status else "is queued again: its time limit is near"
+    print(f"job {job} {said}", file=sys.stderr)
 
 
-def jobs_from(folder: Path) -> dict[str, tuple[str, str]]:
-    """Return number → (rule and wildcards, state) of the jobs in Slurm that Snakemake sent from `folder`.
+def ask(*command: str) -> tuple[int, str]:
+    """Run one of Slurm's programs; return its exit status, and what it said."""
+    try:
+        call = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:  # as in most containers
+        return MISSING, f"there is no {command[0]} here"
+    return call.returncode, (call.stderr if call.returncode else call.stdout).strip()
 
-    Jobs that have ended, or are about to, are not among them. Empty where there is no Slurm. Raises
-    `BadInput` when Slurm does not answer.
+
+class Queued(NamedTuple):
+    """A job that Snakemake sent to Slurm; of an array it does not know which `wildcards` are whose."""
+
+    number: str
+    state: str
+    rule: str
+    wildcards: str | None
+
+
+def jobs_from(folder: Path) -> list[Queued]:
+    """Return the jobs that Snakemake sent to Slurm from `folder` and that have not ended, nor are about to.
+
+    Empty where there is no Slurm. Raises `BadInput` when Slurm does not answer.
     """
-    if shutil.which("squeue") is None:
-        return {}
-    command = ["squeue", "--me", "--noheader", "--format", "%i|%T|%k|%Z"]
-    said = subprocess.run(command, capture_output=True, text=True)
-    if said.returncode:
+    status, answer = ask("squeue", "--me", "--noheader", "--format", "%i|%T|%k|%Z")
+    if status == MISSING:
+        return []
+    if status:
         raise BadInput(
-            f"Slurm does not say which jobs run ({said.stderr.strip()}), and so not whether this run would "
-            "start one twice; give the same command again when `squeue` answers"
+            f"Slurm does not say which jobs run ({answer}), and so not whether this run would start one "
+            "twice; give the same command again when `squeue` answers"
         )
-    found = {}
-    for row in said.stdout.splitlines():
-        job, state, comment, place = row.split("|", 3)
+    found = []
+    for row in answer.splitlines():
+        number, state, comment, place = row.split("|", 3)
         mine = comment.startswith("rule_") and os.path.realpath(place) == os.path.realpath(folder)
         if mine and state != "COMPLETING":
             rule, _, wildcards = comment.removeprefix("rule_").partition("_wildcards_")
-            found[job] = f"{rule} {wildcards}".strip(), state.lower()
+            found.append(Queued(number, state.lower(), rule, None if "_" in number else wildcards))
     return found
 
 

@@ -78,7 +78,7 @@ def test_only_a_job_that_ran_out_of_time_is_queued_again(answers, tmp_path, caps
     assert ended.value.code == rolling.STOPPED
     calls = tmp_path / "calls"
     assert (calls.read_text() if calls.exists() else "") == ("requeue 17\n" if requeued else "")
-    assert ("it is queued again" in capsys.readouterr().err) == requeued
+    assert ("job 17 is queued again" in capsys.readouterr().err) == requeued
 
 
 def test_a_refusal_to_queue_again_is_said(answers, capsys):
@@ -93,9 +93,15 @@ def test_jobs_of_this_folder_are_found_among_others(answers, tmp_path):
         f"18|PENDING|rule_demo|{tmp_path}",
         f"19|RUNNING|(null)|{tmp_path}",
         "20|RUNNING|rule_demo|/elsewhere",
+        f"22|COMPLETING|rule_demo|{tmp_path}",
+        f"21_[3-5]|PENDING|rule_features_wildcards_simclr_imagenet_val|{tmp_path}",
     ]
     answers("squeue", "\n".join(rows))
-    assert slurm.jobs_from(tmp_path) == {"17": ("pretrain simclr", "running"), "18": ("demo", "pending")}
+    assert slurm.jobs_from(tmp_path) == [
+        ("17", "running", "pretrain", "simclr"),
+        ("18", "pending", "demo", ""),
+        ("21_[3-5]", "pending", "features", None),
+    ]
 
 
 def test_a_slurm_that_does_not_answer_is_not_one_without_jobs(answers, tmp_path):
@@ -118,9 +124,16 @@ def test_work_with_its_own_checkpoints_is_queued_again_before_the_limit(monkeypa
         assert signal.getsignal(signal.SIGALRM) is before
 
 
-def test_without_slurm_there_are_no_jobs(tmp_path, monkeypatch):
+def test_where_the_programs_of_slurm_are_missing_nothing_is_asked(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert slurm.jobs_from(tmp_path) == {}
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert slurm.jobs_from(tmp_path) == []
+    assert slurm.seconds_left() is None
+    slurm.requeue()
+    assert capsys.readouterr().err == (
+        "the time limit of job 17 is not watched: there is no squeue here\n"
+        "job 17 is not queued again: there is no scontrol here\n"
+    )
 
 
 @pytest.mark.parametrize(

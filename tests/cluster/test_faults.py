@@ -58,15 +58,15 @@ def test_a_job_that_is_cancelled_by_hand_is_reported_as_cancelled(idle, clone):
 
 
 def test_snakemake_that_is_terminated_waits_for_its_jobs_and_a_restart_repeats_none(idle, clone):
-    with running(idle, clone, *SMALL, "after/20.txt") as run:
-        until(lambda: started(clone, 20), "it sleeps")
+    with running(idle, clone, *SMALL, "after/12.txt") as run:
+        until(lambda: started(clone, 12), "it sleeps")
         run.process.send_signal(signal.SIGTERM)
         assert run.ends() == 1
-    assert (clone / "slept/20.txt").exists()
-    assert not (clone / "after/20.txt").exists()
-    with running(idle, clone, *SMALL, "after/20.txt") as run:
+    assert (clone / "slept/12.txt").exists()
+    assert not (clone / "after/12.txt").exists()
+    with running(idle, clone, *SMALL, "after/12.txt") as run:
         assert run.ends() == 0, run.said
-    assert len(started(clone, 20)) == 1
+    assert len(started(clone, 12)) == 1
 
 
 # ---------------------------------------------------------------- status

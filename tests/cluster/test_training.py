@@ -88,7 +88,8 @@ def test_a_training_goes_on_elsewhere_when_its_node_dies(idle, clone, configured
 
 
 def test_jobs_of_a_snakemake_that_was_killed_are_not_started_twice(idle, clone, configured):
-    arguments, earlier = (BACKBONE, *configured(pretraining(60))), set(idle.jobs())
+    other = {"other": {"gpus": 0, "random_init": {"architecture": "resnet18_w0.125"}}}
+    arguments, earlier = (BACKBONE, *configured(pretraining(160) | other)), set(idle.jobs())
     with running(idle, clone, *arguments, step_seconds=STEP) as run:
         job = trains(idle, clone, run)
         run.process.kill()
@@ -99,15 +100,18 @@ def test_jobs_of_a_snakemake_that_was_killed_are_not_started_twice(idle, clone, 
         assert unlocking.ends() == 0
     with running(idle, clone, *arguments) as refused:
         assert refused.ends() == 1
-    assert f"left jobs in Slurm: {job} (rule_pretrain tiny, running)" in refused.said
+    assert f"left jobs in Slurm: {job} (pretrain tiny, running)" in refused.said
     assert f"scancel {job}" in refused.said
     assert set(idle.jobs()) - earlier == {job}
+    with running(idle, clone, BACKBONE.replace("/tiny/b", "/other/b"), *arguments[1:]) as apart:
+        assert apart.ends() == 0, apart.said  # what is not in the queue may run
+    assert idle.jobs()[job] == "RUNNING"
 
     until(lambda: idle.jobs()[job] == "COMPLETED", "the training has ended by itself")
     with running(idle, clone, *arguments) as done:
         assert done.ends() == 0
     assert "Nothing to be done" in done.said
-    assert set(idle.jobs()) - earlier == {job}
+    assert len(set(idle.jobs()) - earlier) == 2  # the other's is the second
 
 
 def test_what_a_killed_snakemake_left_incomplete_is_done_again(idle, clone, configured):

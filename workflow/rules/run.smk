@@ -95,28 +95,37 @@ def with_plan(record):
     return True
 
 
+def joined(job):
+    """Return the wildcards of a job as the Slurm plugin joins them."""
+    return "_".join(job.wildcards_dict.values())
+
+
 def refuse_twice():
-    """Raise where a job that this run needs is in Slurm already, sent by a Snakemake that works or was killed."""
+    """Raise where a job that this run needs is in Slurm already, sent by a Snakemake that works or was killed.
+
+    Of an array of jobs Slurm knows the wildcards of the first alone, so it is taken for all jobs of its rule.
+    """
     try:
         there = simclr.slurm.jobs_from(Path.cwd())
     except simclr.BadInput as error:
         if workflow.local_exec:
             return
         raise WorkflowError(str(error))
-    needed = {" ".join([job.rule.name, *job.wildcards_dict.values()]) for job in workflow.dag.needrun_jobs()}
-    left = {number: job for number, (job, _) in there.items() if job in needed}
+    jobs = list(workflow.dag.needrun_jobs())
+    mine = {(job.rule.name, joined(job)) for job in jobs} | {(job.rule.name, None) for job in jobs}
+    left = [job for job in there if (job.rule, job.wildcards) in mine]
     if left:
-        listing = "; ".join(f"{number} ({job}, {there[number][1]})" for number, job in left.items())
+        listing = "; ".join(f"{job.number} ({job.rule} {job.wildcards or ''}, {job.state})" for job in left)
         raise WorkflowError(
-            f"Another or an earlier run in this folder has jobs in Slurm that this one needs, too: {listing}. Wait for "
-            f"them; or, if no other run is alive, stop them with `scancel {' '.join(left)}`, which costs a training no "
-            "more than a step. Then give the same command again."
+            f"Another run in this folder, or an earlier one, left jobs in Slurm: {listing}. Wait for them; or, if no "
+            f"other run is alive, stop them with `scancel {' '.join(job.number for job in left)}`, which costs a "
+            "training no more than a step. Then give the same command again."
         )
 
 
 def slurm_log(job):
     """Return the newest of the logs that Slurm itself wrote of a job; it need not exist."""
-    folder = Path(".snakemake/slurm_logs") / f"rule_{job.rule.name}" / "_".join(job.wildcards_dict.values())
+    folder = Path(".snakemake/slurm_logs") / f"rule_{job.rule.name}" / joined(job)
     return max(folder.glob("*.log"), key=lambda log: log.stat().st_mtime, default=folder / "none.log")
 
 
