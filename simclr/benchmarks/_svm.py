@@ -113,6 +113,14 @@ def gram(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T).add_(1)
 
 
+def among(kernel: Tensor, rows: Tensor) -> Tensor:
+    """Return the kernels `(G, n, n)` among each of G choices `rows` `(G, n)` of the images of `kernel`."""
+    if kernel.is_cuda:
+        return kernel[rows[:, :, None], rows[:, None]]
+    rows = rows.numpy()  # NumPy has large arrays in huge pages, and copies twice as fast
+    return torch.from_numpy(kernel.numpy()[rows[:, :, None], rows[:, None]])
+
+
 def scores(coefficients: Tensor, images: Tensor, others: Tensor) -> Tensor:
     """Return the scores `(P, M)` of `others` `(M, D)`; `coefficients` is `(P, N)`, `images` `(N, D)`."""
     return coefficients @ images @ others.T + coefficients.sum(dim=1, keepdim=True)

@@ -235,7 +235,7 @@ def solve(
 
     signs = np.stack([drawn, *(drawn * (held_out != fold) for fold in range(held_out.max() + 1))], axis=1)
     rows = torch.as_tensor(rows, device=kernels.train.device)
-    kernel = kernels.train.take(rows[:, :, None] * len(kernels.train) + rows[:, None])
+    kernel = _svm.among(kernels.train, rows)
     found = {s.cost: s for s in _svm.Problems(kernel, signs, kernels.leading.part(rows)).path(costs)}
     return [found[cost] for cost in costs]
 
@@ -251,7 +251,7 @@ def precision_on_test(
     precision = np.empty((len(solutions), len(rows)))
     for group, (of, label) in enumerate(zip(coefficients, labels, strict=True)):
         scores = of.new_zeros(len(solutions), kernels.test.shape[1])
-        for part in np.split(np.arange(rows.shape[1]), range(256, rows.shape[1], 256)):  # little memory
+        for part in np.split(np.arange(rows.shape[1]), range(64, rows.shape[1], 64)):  # stay in cache
             scores.addmm_(of[:, part], kernels.test[rows[group, part]])
         every = np.broadcast_to(label[:, None], (len(label), len(solutions)))
         precision[:, group] = voc07_svm.precision_on_test(scores.cpu().numpy().T, every)

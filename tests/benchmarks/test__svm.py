@@ -363,6 +363,13 @@ def test_scores_of_other_images():
     np.testing.assert_allclose(_svm.scores(coefficients, images, others), expected, atol=1e-12)
 
 
+def test_a_kernel_among_chosen_images():
+    rows, _ = problem("tall")
+    chosen = np.array([[3, 0, 17], [5, 5, 39]])
+    found = _svm.among(kernel_of(rows), torch.from_numpy(chosen))
+    np.testing.assert_allclose(found, torch.stack([kernel_of(rows[of]) for of in chosen]), atol=1e-14)
+
+
 def test_the_certificate_counts_the_problems_and_names_the_worst():
     gaps = [torch.tensor(of, dtype=torch.float64) for of in ([[1e-13, 3e-13]], [[2e-13]])]
     assert _svm.certificate(gaps) == {
