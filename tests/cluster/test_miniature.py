@@ -20,12 +20,12 @@ RECIPE = {
 }
 MODELS = {
     "pair": {"gpus": 2, "pretrain": RECIPE},
-    "apart": {"gpus": 2, "nodes": 2, "pretrain": RECIPE},
+    "apart": {"gpus": 4, "nodes": 2, "pretrain": RECIPE},
 }
 KINDS = {  # rule → nodes, GPUs
     "dataset": (1, 0),
     "pretrain": (1, 2),
-    "pretrain_over_nodes": (2, 2),
+    "pretrain_over_nodes": (2, 4),
     "features": (1, 1),
     "imagenet_knn_record": (1, 1),
     "convert_backbone": (1, 0),
