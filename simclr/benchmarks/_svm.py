@@ -38,11 +38,11 @@ from simclr.features import copied
 POSITIVE_WEIGHT = 2.0  # class weights 2 and 1: MMSelfSup v0.11.0, svm_voc07/tools/train_svm_kfold.py
 TOLERANCE = 1e-6  # of the gradient's norm, relative to ‖w‖: a relative duality gap of at most 1e-12
 MAX_STEPS = 100  # of Newton's method; about five are needed
-FORCING = 1e-3  # how far conjugate gradients reduce the residual of one step, at least
+FORCING = 1e-3  # how far conjugate gradients reduce the residual of one step
 LOW_COST = 0.1  # up to it, costs are solved side by side; above it, each is started from the one below
 WIDTH = 256  # about as many columns (problems × costs) are solved side by side
 WEAK = 1.0  # a direction of K is left to conjugate gradients where it curves the loss less than ‖w‖² / 2
-ROUGH = 2**17  # norm of the Hessian up to which float32, of 24 bits, leaves a step correct to 1 part in 64
+ROUGH = 2**15  # norm of the Hessian up to which float32, of 24 bits, finds a step; see `_newton_step`
 BLOCK = 2**21  # numbers in the Gram matrices of the groups that are best solved together (16 MiB)
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
@@ -230,21 +230,22 @@ class Problems:
     def _newton_step(self, state: _State, cost: Tensor) -> tuple[Tensor, Tensor]:
         """Return r + ε and K(r + ε), each `(G, p, n)`, with ε by the cheaper way for each problem.
 
-        ε only has to shorten the residual: it is of float32 where that can do so.
+        ε only has to shorten the gradient: it is of float32 where that can do so. Rounding leaves a share u
+        of each part of ε, and a Hessian of norm H weighs the parts differently, in the gradient by H^1.5 at
+        most: u H^1.5 < 1/2. For the same reason each step is as accurate as `FORCING`, even if less would do:
+        what is left of one part would disturb the others in the next step.
 
         In units of an operation: gathering a active images takes 200a², and factoring them a³/3; an iteration
         of conjugate gradients takes 2n² for each problem, and reading K as long as eight problems. Reaching
         an accuracy takes about √κ log(2 / accuracy) / 2 iterations, at a condition number of κ.
         """
-        ratio = (state.squared_gradient / state.squared_size).sqrt().nan_to_num(torch.inf)
-        accuracy = torch.maximum(ratio.clamp(max=FORCING), TOLERANCE / 4 / ratio)
         root = (2 * state.weights * (state.slack > 0)).sqrt()
         active, (_, problems, images) = (root > 0).sum(dim=2), root.shape
         hessian = 2 * POSITIVE_WEIGHT * cost * self.leading.eigenvalues[:, None]  # (m, p): its eigenvalues
-        iterations = ((1 + hessian[-1]).sqrt() * (2 / accuracy).log() / 2).clamp(min=1)
+        iterations = (1 + hessian[-1]).sqrt() * math.log(2 / FORCING) / 2
         iterated = 2 * images**2 * iterations * (1 + 8 / problems)
         factored = active**3 / 3 + 200 * active**2
-        direct = (factored.sum(dim=0) < iterated.sum(dim=0)) | (4 * iterations > images).any(dim=0)
+        direct = (factored.sum(dim=0) < len(factored) * iterated) | (4 * iterations > images)
         kernel, leading = self.rough if hessian[0].max() <= ROUGH else (self.kernel, self.leading)
         found, right = torch.zeros_like(root), -state.product
         if direct.any():
@@ -252,7 +253,7 @@ class Problems:
         if not direct.all():
             rank = int((hessian[:, ~direct] > WEAK).any(dim=1).sum().clamp(min=1))
             found[:, ~direct] = _conjugate_gradients(
-                kernel, leading, root[:, ~direct], right[:, ~direct], accuracy[:, ~direct], rank
+                kernel, leading, root[:, ~direct], right[:, ~direct], FORCING, rank
             )
         return state.residual + found, state.product + _times(self.kernel, found)
 
@@ -310,9 +311,9 @@ def _factored(kernel: Tensor, root: Tensor, right: Tensor) -> Tensor:
 
 
 def _conjugate_gradients(
-    kernel: Tensor, leading: Leading, root: Tensor, right: Tensor, accuracy: Tensor, rank: int
+    kernel: Tensor, leading: Leading, root: Tensor, right: Tensor, accuracy: float, rank: int
 ) -> Tensor:
-    """Return ε as `_factored` does, to a relative `accuracy` `(G, p)` of the residual.
+    """Return ε as `_factored` does, to a relative `accuracy` of the residual.
 
     ε = root · z with (root K root + 1) z = root · right, which is solved in units of its right side's size.
     """
@@ -329,7 +330,7 @@ def _conjugate_gradients(
     solution = torch.zeros_like(root)
     direction = precondition(residual)
     energy = (residual * direction).sum(dim=2)
-    target = accuracy.square().to(kernel) * energy
+    target = accuracy**2 * energy
     for _ in range(root.shape[2]):
         wanting = energy > target
         if not wanting.any():
