@@ -86,7 +86,7 @@ def finished(tmp_path_factory) -> Callable[[], Call]:
     planned = snakemake(folder, "-n", "all", *DEMO)
     assert planned.status == 0, planned.said
     for line in re.findall(r"^    output: (.*)$", planned.said, re.M):
-        for output in map(Path, line.split(", ")):
+        for output in map(Path, line.replace(" (update)", "").split(", ")):
             path = folder / output
             if "features" in output.parts:
                 path.mkdir(parents=True)
@@ -261,6 +261,17 @@ def test_more_gpus_and_edited_rules_and_environments_train_nothing_again(finishe
     call = snakemake(finished, "-n", "all", *arguments)
     assert call.status == 0, call.said
     assert set(call.jobs()) <= {"model_zoo_page"}, call.said
+
+
+def test_a_wrong_root_costs_no_training(finished):
+    manifest = finished / "results/demo/datasets/imagenet.json"
+    wrong = edited(finished, lambda c: c["datasets"]["imagenet"].update(root="results/demo/data/imagnet"))
+    assert snakemake(finished, str(manifest.relative_to(finished)), *wrong).status == 1
+    assert manifest.exists()
+    jobs = snakemake(finished, "-n", "all", *DEMO).jobs()
+    assert jobs["dataset"] == 1
+    assert "pretrain" not in jobs
+    assert snakemake(finished, "--touch", "--forceall", "all", *DEMO).status == 0
 
 
 def test_a_record_stands_without_its_learning_curve(finished):

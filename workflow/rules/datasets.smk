@@ -38,7 +38,8 @@ rule dataset:
     input:
         demo=rules.demo.output if CONFIG.demo_data else [],
     output:
-        "<results>/datasets/{dataset}.json",
+        # Kept until the new one is written, and where it is not: pretraining never runs again for want of it.
+        update("<results>/datasets/{dataset}.json"),
     log:
         "<results>/datasets/{dataset}.log",
     benchmark:
@@ -46,7 +47,11 @@ rule dataset:
     conda:
         "../../envs/simclr.yaml"
     resources:
-        mem_mb=megabytes(lambda wildcards: 1_500 + images(wildcards.dataset) // 500),
+        # COCO's annotations are in one file.
+        mem_mb=megabytes(
+            lambda wildcards: 1_500
+            + images(wildcards.dataset) // (30 if wildcards.dataset == "coco2017" else 500)
+        ),
         runtime=minutes(lambda wildcards: images(wildcards.dataset), per_second=300),
     params:
         config=dataset_block,
