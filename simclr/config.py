@@ -491,12 +491,13 @@ def parse(model: type[Closed], content: Any, where: str) -> Any:
 
 
 def _explain(model: type[Closed], error: dict[str, Any], where: str) -> str:
-    path = ".".join(map(str, error["loc"])) or "the whole"
+    path = ".".join(map(str, error["loc"])) or "the file"
     if error["type"] == "extra_forbidden":
         legal = _fields_at(model, error["loc"][:-1])
         return f"{where}: {path}: unknown key{_nearest(error['loc'][-1], legal)}; legal: {', '.join(legal)}"
     if error["type"] == "value_error":
-        return f"{where}: {path}: {error['ctx']['error']}"
+        place = [where, path] if error["loc"] else [where]
+        return ": ".join([*place, str(error["ctx"]["error"])])
     if error["type"] == "missing":
         return f"{where}: {path}: this key is required, and missing"
     found = error["input"]

@@ -49,7 +49,7 @@ def plan(jobs: Iterable[Planned]) -> str:
         for step, each in steps.items()
     ]
     rows.append(("total", len(jobs), "", *_hours(jobs), ""))
-    heading = ("plan", "jobs", "GPUs each", "hours", "GPU-hours", "estimated from")
+    heading = ("plan", "jobs", "GPUs each", "job-hours", "GPU-hours", "estimated from")
     return _table([heading, *rows], left={0, 5})
 
 

@@ -14,7 +14,7 @@ def test_the_plan_sums_what_jobs_may_take_or_took_step_by_step():
         ]
     )
     assert [line.split() for line in plan.splitlines() if "--" not in line] == [
-        ["plan", "jobs", "GPUs", "each", "hours", "GPU-hours", "estimated", "from"],
+        ["plan", "jobs", "GPUs", "each", "job-hours", "GPU-hours", "estimated", "from"],
         ["pretrain", "1", "8", "10", "80", "the", "recipe:", "at", "most"],
         ["knn", "2", "1", "to", "2", "3", "5", "earlier", "runs", "(1", "of", "2", "jobs)"],
         ["svm", "1", "0", "0.01", "0", "earlier", "runs"],

@@ -41,11 +41,10 @@ rule model_zoo:
 
 onsuccess:
     say_summary()
-    say_page()
+    make_page()
 
 
 onerror:
     say_failures()
     say_summary()
     make_page()
-    say_page()

@@ -136,7 +136,9 @@ def say_failures():
         cause = simclr.slurm.cause_of_death(slurm_log(job), job.rule.name, *limits)
         name = " ".join([job.rule.name, *job.wildcards_dict.values()])
         last = simclr.jobs.last_line(Path(job.log[0])) if job.log else None
-        logger.error(f"{name} failed at attempt {job.attempt}: {cause or last}; log: {', '.join(job.log)}")
+        logger.error(
+            f"{name} failed at attempt {job.attempt}: {cause or last or 'it did not start, for what Slurm said above'}; log: {', '.join(job.log)}"
+        )
 
 
 def say_summary():
@@ -147,19 +149,19 @@ def say_summary():
 
 
 def make_page():
-    """Make the page from the records that exist, with a dash and the reason for each that does not."""
+    """Make the page from the records that exist, with the reason for each that does not, and say where it lies.
+
+    Not after a run that was for data alone.
+    """
+    if all(job.rule.name in ("demo", "dataset", "datasets") for job in workflow.dag.jobs):
+        return
     records = [Path(path) for path in page_records() if os.path.exists(path)]
     page = CONFIG.output / "model_zoo.md"
     try:
         simclr.model_zoo.model_zoo(records, CONFIG, Path("results/published.yaml"), page)
     except simclr.BadInput as error:
         logger.error(f"The page was not made: {error}")
-
-
-def say_page():
-    """Say where the page lies."""
-    page = CONFIG.output / "model_zoo.md"
-    if page.exists():
+    else:
         logger.info(f"The page: {page}")
 
 
