@@ -37,7 +37,7 @@ def keys() -> str:
     blocks = [
         _block("the file", config.Config.__doc__, config.Config, only=("output", "demo_data")),
         _datasets(),
-        _block("features.<voc2007 or imagenet>", config.FeatureSet.__doc__, config.FeatureSet),
+        _block("features.<voc2007 or imagenet>", _features(), config.FeatureSet),
         _block("models.<name>", config.Model.__doc__, config.Model, only=("benchmarks", "gpus", "nodes")),
         _block("models.<name>.pretrain", config.Recipe.__doc__, config.Recipe),
         _block("models.<name>.execution", config.Execution.__doc__, config.Execution),
@@ -46,6 +46,14 @@ def keys() -> str:
         *(_benchmark(name) for name in BENCHMARKS),
     ]
     return "\n\n".join(blocks) + "\n"
+
+
+def _features() -> str:
+    changed = [
+        f"of {name}, " + ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in keys.items())
+        for name, keys in config.PUBLISHED_FEATURES.items()
+    ]
+    return f"{config.FeatureSet.__doc__} Other defaults than in the table: {'; '.join(changed)}."
 
 
 def _datasets() -> str:
