@@ -92,7 +92,7 @@ def differences(found: dict[str, Any], expected: dict[str, Any], prefix: str = "
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGUSR1 in the list that is yielded, instead of dying of them.
+    """Collect SIGTERM, SIGUSR1 and a first SIGINT in the list that is yielded, instead of dying of them.
 
     In a job of Slurm the first process gets a SIGALRM when the job's time is nearly over.
     """
@@ -101,10 +101,12 @@ def stop_signals() -> Iterator[list[int]]:
     def receive(number: int, _: Any) -> None:
         if number == signal.SIGALRM and set_alarm():
             return  # the limit was raised meanwhile
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])  # the second one ends it at once
         received.append(number)
         os.write(2, f"{signal.Signals(number).name}: stopping after this step\n".encode())
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM, signal.SIGINT)
     before = {number: signal.signal(number, receive) for number in numbers}
     if distributed.rank() == 0:
         set_alarm()

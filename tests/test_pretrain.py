@@ -672,7 +672,7 @@ def test_a_command_that_fails_ends(spoilt, tmp_path, launcher):
     )
 
 
-def test_an_interrupt_ends_the_command_and_its_workers(manifest, tmp_path):
+def test_an_interrupt_saves_and_ends_the_command_and_its_workers(manifest, tmp_path):
     command = [sys.executable, *_command(manifest, tmp_path)]
     slow = json.dumps(RECIPE.model_dump(mode="json") | {"epochs": 100_000})
     # Where the tests run in the background, the shell has them, and what they start, ignore interrupts.
@@ -684,7 +684,8 @@ def test_an_interrupt_ends_the_command_and_its_workers(manifest, tmp_path):
         assert "step 1 of" in trainer.stdout.readline()
         children = Path(f"/proc/{trainer.pid}/task/{trainer.pid}/children").read_text().split()
         trainer.send_signal(signal.SIGINT)
-        assert trainer.wait(60) != 0
+        assert trainer.wait(60) == rolling.STOPPED
+        assert list(tmp_path.glob("work/*/checkpoint-*.pt"))
         assert children
         assert not any(Path(f"/proc/{child}").exists() for child in children)
     finally:
