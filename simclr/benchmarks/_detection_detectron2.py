@@ -28,6 +28,7 @@ Json = dict[str, Any]
 # The last release, and what its source has called itself ever since.
 VERSIONS = ("0.6",)
 TRAIN, TEST = "simclr_train", "simclr_test"
+FINAL, TRAINED = "model_final", "trained.json"  # the trained weights, by Detectron2's name, and their report
 # Detectron2 0.6 uses names that numpy 1.24 and Pillow 10 dropped.
 for _name, _type in {"bool": bool, "int": int, "float": float, "object": object, "str": str}.items():
     if _name not in vars(np):
@@ -115,9 +116,11 @@ def _work(spec: Json, folder: Path) -> None:
         note_newest(folder)
     comm.synchronize()
     trainer.resume_or_load(resume=True)
-    trained = folder / "trained.json"
+    trained = folder / TRAINED
     if not trained.is_file():
         trainer.train()
+        if trainer.start_iter >= trainer.max_iter:  # its own hook saves them after an iteration only
+            trainer.checkpointer.save(FINAL)
         if comm.is_main_process():
             _write(trained, training_report(trainer, clock))
     comm.synchronize()
@@ -130,7 +133,7 @@ def _work(spec: Json, folder: Path) -> None:
         report["usage"]["test_seconds"] = time.monotonic() - began
         _write(folder / "detected.json", {**report, "detections": found["all"]})
         for rolling in folder.glob("model_*.pth"):
-            if rolling.name != "model_final.pth":
+            if rolling.stem != FINAL:
                 rolling.unlink()
 
 
@@ -344,12 +347,14 @@ def features(model: Any, images: Any) -> Json:
 def note_newest(folder: Path) -> None:
     """Let Detectron2 go on from the newest whole checkpoint: a kill may have cut short a file, or the note.
 
-    The end of a checkpoint is the directory of its ZIP archive.
+    The end of a checkpoint is the directory of its ZIP archive. Training is over only with the final one.
     """
     from simclr.results import replacing
 
     note = folder / "last_checkpoint"
     whole = [path for path in sorted(folder.glob("model_*.pth")) if zipfile.is_zipfile(path)]
+    if not whole or whole[-1].stem != FINAL:
+        (folder / TRAINED).unlink(missing_ok=True)  # tells of weights that are lost
     if not whole:
         note.unlink(missing_ok=True)
         return

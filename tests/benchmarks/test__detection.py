@@ -426,6 +426,24 @@ def test_detectron2_goes_on_from_the_newest_whole_checkpoint(tmp_path):
     assert not note.exists()
 
 
+@pytest.mark.parametrize("left", [None, "model_0000007.pth"])
+@pytest.mark.parametrize("truncated", [True, False])
+def test_detectron2_trains_on_when_the_trained_weights_are_lost(tmp_path, truncated, left):
+    """`trained.json` would have other weights tested, or none."""
+    trained, final = tmp_path / "trained.json", tmp_path / "model_final.pth"
+    trained.write_text("{}")
+    for name in filter(None, (left, final.name)):
+        torch.save({"iteration": 1, "model": torch.zeros(1000)}, tmp_path / name)
+    detectron2.note_newest(tmp_path)
+    assert trained.exists()
+    if truncated:
+        final.write_bytes(final.read_bytes()[:2000])
+    else:
+        final.unlink()
+    detectron2.note_newest(tmp_path)
+    assert not trained.exists()
+
+
 def _hold(folder, ready, done):
     with _detection.locked(folder):
         ready.set()

@@ -360,3 +360,24 @@ def test_a_run_killed_at_once_goes_on_and_detects(prepared, tmp_path, detector):
     assert result["usage"]["seconds"] > 0
     assert {each["image_id"] for each in result["detections"]} <= set(range(4))
     assert ("segmentation" in result["detections"][0]) == config.masks
+
+
+@pytest.mark.parametrize("left", [None, "model_0000007.pth"])
+def test_trained_weights_that_are_lost_are_trained_again(prepared, tmp_path, left):
+    """From the beginning, or from a rolling checkpoint, even of the last iteration."""
+    files = [str(path) for path in prepared(DETECTORS["c4"])]
+    command = [sys.executable, "-m", engine.__name__, *files]
+    environment = {**os.environ, "PYTHONPATH": str(Path(engine.__file__).parents[2])}
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+    final = tmp_path / "model_final.pth"
+    whole = torch.load(final, weights_only=True)["model"]
+    if left:
+        final.rename(tmp_path / left)
+    final.write_bytes(b"PK\3\4")
+    (tmp_path / "result.json").unlink()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"Starting training from iteration {8 if left else 0}" in done.stdout
+    again = torch.load(final, weights_only=True)["model"]
+    assert again.keys() == whole.keys()
+    assert not left or all(torch.equal(again[key], whole[key]) for key in whole)
