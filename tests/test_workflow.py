@@ -180,9 +180,16 @@ def test_detection_takes_the_gpus_that_divide_the_images_of_an_iteration(clone):
         content["models"]["simclr"].update(gpus=8)
         content["benchmarks"]["voc0712_detection"].update(batch_size=16, images_per_iteration=12)
 
-    call = snakemake(clone, "-n", "results/demo/simclr/voc0712_detection.json", *edited(clone, change))
-    job = re.search(r"^rule voc0712_detection_record:.*?resources: (.*?)$", call.said, re.M | re.S)[1]
-    assert "gpu=6" in job
+    records = [f"results/demo/{model}/voc0712_detection.json" for model in ("simclr", "random_init")]
+    call = snakemake(clone, "-n", "-p", *records, *edited(clone, change))
+    jobs = re.findall(r"^rule voc0712_detection_record:.*?resources: (.*?)$", call.said, re.M | re.S)
+    assert sorted(re.search(r"gpu=\d", job)[0] for job in jobs) == ["gpu=0", "gpu=6"]
+    # Locally all GPUs are visible: the job says how many are its own.
+    starts = re.findall(r"^Shell command: (.*) -m simclr voc0712_detection --model (\w+) ", call.said, re.M)
+    assert {model: start for start, model in starts} == {
+        "simclr": "SIMCLR_GPUS=6 python",
+        "random_init": "CUDA_VISIBLE_DEVICES= python",
+    }
 
 
 def test_a_dry_run_prints_the_plan_with_what_earlier_runs_took(clone):

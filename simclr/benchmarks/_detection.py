@@ -7,8 +7,9 @@ and writes a result (JSON: engine, software, load report, usage, losses, detecti
     python -m simclr.benchmarks._detection_detectron2 SPEC RESULT
 
 Detectron2 so runs in a Python of its own where `SIMCLR_DETECTRON2_PYTHON` names one. Either engine uses every
-visible GPU. A list holds one image per line, as JSON in Detectron2's layout. A detection has `image_id`,
-`category_id` from 0, `bbox` as x0 y0 x1 y1 in pixels of the original image, `score`, `segmentation` (RLE).
+visible GPU, or the first `SIMCLR_GPUS` of them. A list holds one image per line, as JSON in Detectron2's
+layout. A detection has `image_id`, `category_id` from 0, `bbox` as x0 y0 x1 y1 in pixels of the original
+image, `score`, `segmentation` (RLE).
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def evaluate(
     from simclr.benchmarks._detection_sheet import draw
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise BadInput("detection starts one process per visible GPU itself: call it once, without torchrun")
+        raise BadInput("detection starts one process per GPU itself: call it once, without torchrun")
     truth = datasets.detection(dataset, config.test_split)
     with workplace(work, identity(backbone, dataset, config)) as folder, rolling.queued_again_in_time():
         spec = _prepare(folder, backbone, dataset, config, truth)
@@ -260,11 +261,28 @@ def _detectron2_command() -> list[str]:
 
 def _torchvision_command() -> list[str] | None:
     """Return how to start one process per GPU; None: this process will do."""
+    count = processes()
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    return [sys.executable, "-m", *launcher] if count > 1 else None
+
+
+def processes() -> int:
+    """Return how many processes share a training: one per GPU, on the CPU one.
+
+    `SIMCLR_GPUS` says how many of the visible GPUs are this job's. Raises `BadInput` where there are fewer.
+    """
     import torch
 
-    gpus = torch.cuda.device_count()
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={gpus}"]
-    return [sys.executable, "-m", *launcher] if gpus > 1 else None
+    visible = torch.cuda.device_count()
+    wanted = os.environ.get("SIMCLR_GPUS", str(visible))
+    if not visible and "SIMCLR_ALLOW_CPU" in os.environ:
+        return 1
+    if not wanted.isdecimal() or not min(visible, 1) <= int(wanted) <= visible:
+        raise BadInput(
+            f"SIMCLR_GPUS: expected a number of GPUs of the {visible} that torch sees, found {wanted}; let "
+            "`gpus` of the model be what the machine has, or 0, or work on the CPU with SIMCLR_ALLOW_CPU=1"
+        )
+    return max(int(wanted), 1)
 
 
 def main(run: Callable[[Json], Json | None], arguments: list[str]) -> int:
@@ -378,5 +396,8 @@ def feature_report(features: Callable[[Any], Json], state: dict[str, Any]) -> Js
 def per_process(batch_size: int, processes: int) -> int:
     """Return the images of one process per iteration; raises `BadInput` when they do not divide evenly."""
     if batch_size % processes:
-        raise BadInput(f"batch_size {batch_size} must be a multiple of the {processes} visible GPUs")
+        raise BadInput(
+            f"batch_size {batch_size} must be a multiple of the {processes} GPUs; "
+            "set SIMCLR_GPUS to a number that divides it"
+        )
     return batch_size // processes

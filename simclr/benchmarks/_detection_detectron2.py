@@ -38,13 +38,11 @@ if not hasattr(Image, "LINEAR"):
 
 
 def run(spec: Json) -> Json:
-    """Train on all visible GPUs, or on the CPU, and detect; return the result."""
-    import torch
-
+    """Train on the GPUs of `_detection.processes`, or on the CPU, and detect; return the result."""
     known()
     from detectron2.engine import launch
 
-    processes = max(torch.cuda.device_count(), 1)
+    processes = _detection.processes()
     _detection.per_process(spec["protocol"]["batch_size"], processes)
     refuse(spec["architecture"], spec["protocol"]["detector"])
     launch(worker, processes, dist_url="auto", args=(spec,))

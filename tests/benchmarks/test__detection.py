@@ -358,8 +358,44 @@ def test_images_are_rgb_and_divided_by_the_standard_deviation(tmp_path, weights)
 
 def test_the_batch_must_divide():
     assert _detection.per_process(16, 8) == 2
-    with pytest.raises(BadInput, match="multiple of the 3 visible GPUs"):
+    with pytest.raises(BadInput, match=r"multiple of the 3 GPUs.*SIMCLR_GPUS"):
         _detection.per_process(16, 3)
+
+
+@pytest.mark.parametrize(
+    ("visible", "said", "expected"),
+    [(0, None, 1), (8, None, 8), (6, "4", 4), (8, "1", 1), (8, "8", 8)],
+)
+def test_the_job_says_how_many_gpus_are_its_own(monkeypatch, visible, said, expected):
+    """Locally all GPUs are visible: of six, which do not divide a batch of 16, the job asked for four."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setenv("SIMCLR_GPUS", said or str(visible))
+    if said is None:
+        monkeypatch.delenv("SIMCLR_GPUS")
+    launches = []
+    monkeypatch.setattr(detectron2, "known", lambda: None)
+    launch = SimpleNamespace(launch=lambda worker, processes, **keys: launches.append(processes))
+    monkeypatch.setitem(sys.modules, "detectron2", SimpleNamespace(engine=launch))
+    monkeypatch.setitem(sys.modules, "detectron2.engine", launch)
+    protocol = {"detector": "c4", "batch_size": 16}
+    spec = {"architecture": "resnet50", "folder": "/nowhere", "protocol": protocol}
+    with pytest.raises(FileNotFoundError):  # nothing was detected
+        detectron2.run(spec)
+    command = _detection._torchvision_command()
+    assert launches == [expected]
+    assert expected == 1 if command is None else command[-1] == f"--nproc-per-node={expected}"
+
+
+@pytest.mark.parametrize(("visible", "said"), [(2, "4"), (0, "1"), (2, "all"), (2, "0")])
+def test_gpus_that_are_not_there_are_refused(monkeypatch, visible, said):
+    monkeypatch.delenv("SIMCLR_ALLOW_CPU", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setenv("SIMCLR_GPUS", said)
+    with pytest.raises(BadInput, match=f"SIMCLR_GPUS: .*found {said}"):
+        _detection.processes()
+    monkeypatch.setenv("SIMCLR_ALLOW_CPU", "1")
+    if not visible:
+        assert _detection.processes() == 1
 
 
 def test_missing_detectron2_is_one_sentence(monkeypatch):

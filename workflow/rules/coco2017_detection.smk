@@ -29,7 +29,7 @@ rule coco2017_detection_record:
     params:
         config=benchmark_block("coco2017_detection"),
         work=work_folder("coco2017_detection"),
-        python=python,
+        python=python_of_gpus,
     shell:
         "{params.python} -m simclr coco2017_detection --model {wildcards.model} --backbone {input.backbone}"
         " --dataset {input.dataset} --config {params.config:q} --work {params.work:q}"

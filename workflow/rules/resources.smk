@@ -141,6 +141,14 @@ def python(wildcards, resources):
     return f"{hidden}python"
 
 
+def python_of_gpus(wildcards, resources):
+    """Return what starts one process that starts one per GPU of the job itself; for `resources` see `python`.
+
+    A machine without Slurm shows every job all of its GPUs.
+    """
+    return f"SIMCLR_GPUS={resources.gpu} python" if resources.gpu else python(wildcards, resources)
+
+
 def launcher(wildcards, resources):
     """Return what starts a process per GPU of one node; for `resources` see `python`."""
     if resources.gpu <= 1:

@@ -29,7 +29,7 @@ rule voc0712_detection_record:
     params:
         config=benchmark_block("voc0712_detection"),
         work=work_folder("voc0712_detection"),
-        python=python,
+        python=python_of_gpus,
     shell:
         "{params.python} -m simclr voc0712_detection --model {wildcards.model} --backbone {input.backbone}"
         " --dataset {input.dataset} --config {params.config:q} --work {params.work:q}"
