@@ -526,13 +526,36 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     return content
 
 
-def _coco_categories(root: Path) -> list[dict[str, Any]]:
-    content = _read_json(_coco_file(root, "val2017"), "coco2017")
-    return sorted(content["categories"], key=lambda category: category["id"])
+def _coco_categories(path: Path, content: dict[str, Any]) -> dict[int, str]:
+    """Return id → name in the order of the ids, by which classes are numbered from 0."""
+    for each in content["categories"]:
+        if not isinstance(each, dict) or type(each.get("id")) is not int or type(each.get("name")) is not str:
+            raise BadInput(
+                f"{path}: expected categories with a whole number `id` and a `name`, found {each!r:.80}; "
+                "unpack the file again"
+            )
+    categories = sorted((each["id"], each["name"]) for each in content["categories"])
+    if len(dict(categories)) < len(categories):
+        raise BadInput(f"{path}: expected each id once among its categories; unpack the file again")
+    return dict(categories)
 
 
 def _coco_classes(root: Path) -> list[str]:
-    return [category["name"] for category in _coco_categories(root)]
+    path = _coco_file(root, "val2017")
+    return list(_coco_categories(path, _read_json(path, "coco2017")).values())
+
+
+def _check_categories(root: Path, path: Path, found: dict[int, str]) -> None:
+    """Raise `BadInput` unless the categories are val2017's, so that a class has one number in all splits."""
+    val = _coco_file(root, "val2017")
+    expected = found if path == val else _coco_categories(val, _read_json(val, "coco2017"))
+    for each in sorted(found.keys() | expected.keys()):
+        if found.get(each) != expected.get(each):
+            said = [f"{names[each]!r}" if each in names else "none" for names in (expected, found)]
+            raise BadInput(
+                f"{path}: expected {said[0]} as category {each}, as in {val}, found {said[1]}; unpack both "
+                "again from one archive"
+            )
 
 
 # The two annotations of the published train2017 whose boxes have no height (cocodataset/cocoapi, issue 355).
@@ -542,8 +565,9 @@ COCO_FLAT = {918, 2206849}
 def _coco2017(dataset: Dataset, split: str) -> Listing:
     path = _coco_file(dataset.root, split)
     content = _read_json(path, dataset.name)
-    ids = sorted(category["id"] for category in content["categories"])
-    categories = {each: number for number, each in enumerate(ids)}
+    named = _coco_categories(path, content)
+    _check_categories(dataset.root, path, named)
+    categories = {each: number for number, each in enumerate(named)}
     images = sorted(content["images"], key=lambda image: image["id"])
     sizes = {image["id"]: (image["width"], image["height"]) for image in images}
     objects: dict[int, list[dict[str, Any]]] = {each: [] for each in sizes}

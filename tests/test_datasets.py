@@ -486,6 +486,27 @@ def test_coco_files_that_do_not_fit(copied, tmp_path):
     refused("coco2017", values, tmp_path, gone, "no such file")
 
 
+def test_coco_categories_that_are_not_vals_are_refused(copied, tmp_path):
+    """With one missing, a class would have another number in training than in the test."""
+    root, values = copied("coco", "coco2017")
+    path = root / "annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    missing, second = sorted(content["categories"], key=lambda each: each["id"])[:2]
+    for wrong, *words in (
+        ([each for each in content["categories"] if each != missing], missing["id"], missing["name"], "none"),
+        ([*content["categories"], {"id": 99, "name": "zebra"}], "expected none as category 99", "'zebra'"),
+        ([{**each, "name": "x"} if each == second else each for each in content["categories"]], "found 'x'"),
+        ([*content["categories"], {**second, "name": "x"}], "expected each id once"),
+        ([*content["categories"], {"id": "99", "name": "zebra"}], "whole number `id`", "'99'"),
+        ([*content["categories"], 7], "whole number `id`", "found 7"),
+    ):
+        left = [each for each in content["annotations"] if each["category_id"] != missing["id"]]
+        path.write_text(json.dumps({**content, "categories": wrong, "annotations": left}))
+        refused("coco2017", values, tmp_path, path, *words, "unpack")
+    path.write_text(json.dumps({**content, "categories": content["categories"][::-1]}))
+    verify("coco2017", values, tmp_path)  # their order is free
+
+
 def test_the_two_flat_boxes_of_the_published_coco_are_left_out(copied, tmp_path):
     root, values = copied("coco", "coco2017")
     path = root / "annotations/instances_train2017.json"
