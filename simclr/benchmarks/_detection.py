@@ -314,6 +314,13 @@ def refusing(folder: Path) -> Iterator[None]:
         raise
 
 
+def float32_as_published() -> None:
+    """Have this process compute float32 in full: by default, cuDNN takes TF32, of 10 bits, for it."""
+    import torch
+
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 class Clock:
     """Seconds of a training, those before it was resumed included: a part of its checkpoints."""
 

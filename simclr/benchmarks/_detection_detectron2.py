@@ -89,6 +89,7 @@ def refuse(architecture: str, detector: str) -> None:
 
 def worker(spec: Json) -> None:
     """Do the work of one process; the first one writes `detected.json` in the spec's folder."""
+    _detection.float32_as_published()
     folder = Path(spec["folder"])
     with _detection.refusing(folder):  # a process that `launch` spawned cannot raise it to its parent
         try:

@@ -47,6 +47,7 @@ TRAINING, PRECISE_BN = 0, 1
 def run(spec: Json) -> Json | None:
     """Train and detect; return the result on the first process and None on the others."""
     with process_group() as device:
+        _detection.float32_as_published()
         folder = Path(spec["folder"])
         detector, load = make(spec, device)
         done = folder / "trained.pt"

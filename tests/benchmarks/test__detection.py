@@ -429,6 +429,21 @@ def test_an_unknown_version_of_detectron2_is_refused(monkeypatch):
         detectron2.known()
 
 
+@pytest.mark.parametrize("work", [(detectron2, "worker", "_work"), (engine, "run", "make")])
+def test_neither_engine_computes_in_tf32(tmp_path, monkeypatch, work):
+    module, start, does = work
+    matmul = SimpleNamespace(allow_tf32=True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+
+    def look(*_):
+        raise BadInput(str([torch.backends.cudnn.allow_tf32, matmul.allow_tf32]))
+
+    monkeypatch.setattr(module, does, look)
+    with pytest.raises(BadInput, match=r"\[False, False\]"):
+        getattr(module, start)({"folder": str(tmp_path)})
+
+
 @pytest.mark.parametrize(
     ("architecture", "detector", "reason"),
     [("resnet18", "c4", "bottleneck"), ("resnet18_w0.25", "fpn", "width 1 only")],
