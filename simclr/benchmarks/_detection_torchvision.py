@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from simclr import BadInput, checkpoint, datasets
 from simclr.benchmarks import _detection
 from simclr.benchmarks._detection_model import Detector, Res5, build, detector_key, not_empty, paste_mask
-from simclr.distributed import process_group, rank, world_size
+from simclr.distributed import process_group, rank, sync_batchnorm, world_size
 from simclr.results import replacing
 
 Json = dict[str, Any]
@@ -294,7 +294,7 @@ def train(detector: Detector, spec: Json, folder: Path) -> None:
     config, device = spec["protocol"], detector.mean.device
     model: nn.Module = detector.train()
     if world_size() > 1:
-        detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
+        detector = sync_batchnorm(detector)
         model = DistributedDataParallel(detector, [device.index] if device.index is not None else None)
     optimizer, clock = sgd(detector, config), _detection.Clock()
     start = resume(detector, optimizer, clock, folder)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
+import json
 import multiprocessing
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from test_coco2017_detection import TINY
 
 from simclr import BadInput, checkpoint, convert
 from simclr.benchmarks import _detection
@@ -24,6 +30,8 @@ from simclr.benchmarks.voc0712_detection import Config
 from simclr.model import resnet
 
 CLASSES = ["zero", "one"]
+ARCHITECTURE = "resnet50_w0.125"
+SMALL = {**TINY, "iterations": 8, "steps": [6], "checkpoint_every": 2}
 
 
 def image(image_id, *objects, **keys):
@@ -37,6 +45,35 @@ def image(image_id, *objects, **keys):
 
 def detection(image_id, box, score, label=0):
     return {"image_id": image_id, "bbox": list(map(float, box)), "score": score, "category_id": label}
+
+
+def spec_of(backbone, config, folder):
+    return {
+        "protocol": _detection.scaled(config.model_dump(mode="json")),
+        "masks": config.masks,
+        "classes": len(CLASSES),
+        "architecture": ARCHITECTURE,
+        "backbone": str(backbone.path),
+        "folder": str(folder),
+        "seed": 0,
+    }
+
+
+def prepared_files(backbone, config, folder):
+    """Return the spec file of four images to train on and to test, and where the result will be."""
+    folder.mkdir(exist_ok=True)
+    spec = {**spec_of(backbone, config, folder), "engine": config.engine}
+    lines = []
+    for i in range(4):
+        path = folder / f"{i}.jpg"
+        Image.effect_noise((80, 60), 90).convert("RGB").save(path)
+        scene = image(i, ((20, 10, 60, 50), i % 2, False), file_name=str(path))
+        scene["annotations"][0]["segmentation"] = square((20, 10, 60, 50))
+        lines.append(scene)
+    _detection.write_lines(folder / "images.jsonl", lines)
+    spec["train"] = spec["test"] = str(folder / "images.jsonl")
+    (folder / "spec.json").write_text(json.dumps(spec))
+    return folder / "spec.json", folder / "result.json"
 
 
 def random_scenes(seed, images=12):
@@ -546,6 +583,48 @@ def test_batches_hold_one_shape_and_see_every_image():
     assert len(set(indices)) >= 24
     again = engine.batches(wide, 3, seed=1)
     assert [next(again) for _ in range(9)] == taken
+
+
+def test_processes_share_out_the_images(monkeypatch):
+    """Their positions in the order are disjoint, and together all of it."""
+    monkeypatch.setattr(engine, "world_size", lambda: 2)
+    taken = []
+    for rank in (0, 1):
+        monkeypatch.setattr(engine, "rank", lambda rank=rank: rank)
+        stream = engine.batches([True] * 10, 1, seed=1)
+        taken.append([item for batch in itertools.islice(stream, 5) for item in batch])
+    assert sorted(itertools.chain(*taken)) == list(enumerate(itertools.islice(engine.order(10, 1), 10)))
+
+
+@pytest.fixture
+def backbone(tmp_path, weights):
+    path = tmp_path / "backbone.safetensors"
+    checkpoint.save_backbone(path, weights, {"architecture": ARCHITECTURE})
+    return checkpoint.Backbone.open(path)
+
+
+def test_two_processes_on_the_cpu_do_what_one_does(tmp_path, backbone):
+    """They train, gather what they detected, and leave the same kind of record."""
+    launchers = ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])
+    environment = {**os.environ, "PYTHONPATH": str(Path(engine.__file__).parents[2])}
+    results = []
+    for count, launcher in enumerate(launchers, 1):
+        spec, file = prepared_files(backbone, Coco(**TINY), tmp_path / str(count))
+        command = [sys.executable, *launcher, "-m", engine.__name__, str(spec), str(file)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append(json.loads(file.read_text()))
+    one, two = results
+    assert [result["usage"]["processes"] for result in results] == [1, 2]
+    assert one["load"] == two["load"]
+    for part in ("usage", "losses"):
+        assert one[part].keys() == two[part].keys()
+    assert one.keys() == two.keys()
+    for result in results:
+        images = [each["image_id"] for each in result["detections"]]
+        assert images == sorted(images)
+        assert set(images) == set(range(4))
+        assert result["detections"][0].keys() == one["detections"][0].keys()
 
 
 def test_a_flip_mirrors_boxes_and_polygons():

@@ -18,8 +18,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test__detection import CLASSES, coco_scene, image, random_scenes, square
-from test_coco2017_detection import TINY
+from test__detection import (
+    ARCHITECTURE,
+    CLASSES,
+    SMALL,
+    coco_scene,
+    image,
+    prepared_files,
+    random_scenes,
+    spec_of,
+)
 
 from simclr import BadInput, checkpoint, convert
 from simclr.benchmarks import _detection
@@ -31,8 +39,6 @@ from simclr.benchmarks.voc0712_detection import Config as Voc
 from simclr.model import resnet
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
-ARCHITECTURE = "resnet50_w0.125"
-SMALL = {**TINY, "iterations": 8, "steps": [6], "checkpoint_every": 2}
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +47,6 @@ def backbone(tmp_path_factory):
     path = tmp_path_factory.mktemp("backbone") / "backbone.safetensors"
     checkpoint.save_backbone(path, resnet(ARCHITECTURE).state_dict(), {"architecture": ARCHITECTURE})
     return checkpoint.Backbone.open(path)
-
-
-def spec_of(backbone, config, folder):
-    return {
-        "protocol": _detection.scaled(config.model_dump(mode="json")),
-        "masks": config.masks,
-        "classes": len(CLASSES),
-        "architecture": ARCHITECTURE,
-        "backbone": str(backbone.path),
-        "folder": str(folder),
-        "seed": 0,
-    }
 
 
 def built(spec, **changes):
@@ -313,18 +307,7 @@ def prepared(backbone, tmp_path):
     """config → its spec file, with four images to train on and to test, and the result file."""
 
     def prepare(config):
-        spec = {**spec_of(backbone, config, tmp_path), "engine": "detectron2"}
-        lines = []
-        for i in range(4):
-            path = tmp_path / f"{i}.jpg"
-            Image.effect_noise((80, 60), 90).convert("RGB").save(path)
-            scene = image(i, ((20, 10, 60, 50), i % 2, False), file_name=str(path))
-            scene["annotations"][0]["segmentation"] = square((20, 10, 60, 50))
-            lines.append(scene)
-        _detection.write_lines(tmp_path / "images.jsonl", lines)
-        spec["train"] = spec["test"] = str(tmp_path / "images.jsonl")
-        (tmp_path / "spec.json").write_text(json.dumps(spec))
-        return tmp_path / "spec.json", tmp_path / "result.json"
+        return prepared_files(backbone, config, tmp_path)
 
     return prepare
 
