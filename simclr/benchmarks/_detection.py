@@ -1,8 +1,8 @@
 """What the detection benchmarks share: trials, and the two engines behind one file interface.
 
 An engine trains a detector and detects; it computes no metric, so both are measured by the same code here.
-It reads a spec (JSON: protocol, masks, classes, backbone, architecture, train and test lists, folder, seed)
-and writes a result (JSON: engine, software, load report, usage, losses, detections):
+It reads a spec (JSON: protocol, masks, classes, backbone, architecture, train and test lists, folder, seed,
+and whose run it is) and writes a result (JSON: engine, software, load report, usage, losses, detections):
 
     python -m simclr.benchmarks._detection_detectron2 SPEC RESULT
 
@@ -66,9 +66,11 @@ def evaluate(
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BadInput("detection starts one process per GPU itself: call it once, without torchrun")
     truth = datasets.detection(dataset, config.test_split)
-    with workplace(work, identity(backbone, dataset, config)) as folder, rolling.queued_again_in_time():
+    run = identity(backbone, dataset, config)
+    with workplace(work, run) as folder, rolling.queued_again_in_time():
         spec = _prepare(folder, backbone, dataset, config, truth)
-        results = [_trial({**spec, "seed": config.seed + i}, folder) for i in range(config.trials)]
+        seeds = range(config.seed, config.seed + config.trials)
+        results = [_trial(spec | {"seed": s, "run": {**run, "seed": s}}, folder) for s in seeds]
     values = [measured(measure, truth, result["detections"], dataset.class_names) for result in results]
     if picture is not None:
         draw(truth, results[0]["detections"], dataset.class_names, picture)

@@ -11,7 +11,6 @@ import functools
 import itertools
 import json
 import math
-import pickle
 import platform
 import random
 import sys
@@ -32,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from simclr import BadInput, checkpoint, datasets
+from simclr import BadInput, checkpoint, datasets, rolling
 from simclr.benchmarks import _detection
 from simclr.benchmarks._detection_model import Detector, Res5, build, detector_key, not_empty, paste_mask
 from simclr.distributed import process_group, rank, sync_batchnorm, world_size
@@ -58,8 +57,8 @@ def run(spec: Json) -> Json | None:
         began = time.monotonic()
         detections = detect(detector, spec)
         trained["usage"]["test_seconds"] = time.monotonic() - began
-        for rolling in checkpoints(folder) if rank() == 0 else ():
-            rolling.unlink()
+        for path in folder.glob("checkpoint-*.pt") if rank() == 0 else ():
+            path.unlink()
     return None if detections is None else result(spec, load, trained, detections)
 
 
@@ -297,7 +296,11 @@ def train(detector: Detector, spec: Json, folder: Path) -> None:
         detector = sync_batchnorm(detector)
         model = DistributedDataParallel(detector, [device.index] if device.index is not None else None)
     optimizer, clock = sgd(detector, config), _detection.Clock()
-    start = resume(detector, optimizer, clock, folder)
+    parts, start = {"model": detector, "optimizer": optimizer, "clock": clock}, 0
+    if (state := rolling.newest(folder, spec["run"])) is not None:
+        start = state["step"]
+        for key, part in parts.items():
+            part.load_state_dict(state[key])
     progress, losses = Progress(config["iterations"], start), {}
     stream = iter(loader(spec, TRAINING, start, device))
     for iteration in range(start, config["iterations"]):
@@ -306,8 +309,9 @@ def train(detector: Detector, spec: Json, folder: Path) -> None:
         losses = model(*on(device, next(stream)))
         step(optimizer, losses, iteration)
         progress.tell(iteration, losses, lr)
-        if (iteration + 1) % config["checkpoint_every"] == 0:
-            save(folder, iteration + 1, detector, optimizer, clock)
+        if (iteration + 1) % config["checkpoint_every"] == 0 and rank() == 0:
+            state = {key: part.state_dict() for key, part in parts.items()}
+            rolling.save(folder, iteration + 1, spec["run"], state)
     if config["precise_bn"]:
         fresh = (on(device, batch) for batch in loader(spec, PRECISE_BN, 0, device))
         torch.manual_seed(seed_of(spec["seed"], PRECISE_BN, 0))
@@ -363,50 +367,6 @@ class Progress:
                 file=sys.stderr,
                 flush=True,
             )
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Return the rolling checkpoints in `folder`, oldest first."""
-    return sorted(folder.glob("checkpoint-*.pt"))
-
-
-def save(
-    folder: Path,
-    iteration: int,
-    detector: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    clock: _detection.Clock,
-) -> None:
-    """Write the state after `iteration` iterations, whole or not at all; the two newest are kept."""
-    if rank() != 0:
-        return
-    parts = {"model": detector, "optimizer": optimizer, "clock": clock}
-    state = {"iteration": iteration, **{key: part.state_dict() for key, part in parts.items()}}
-    with replacing(folder / f"checkpoint-{iteration:08}.pt") as part:
-        torch.save(state, part)
-    for old in checkpoints(folder)[:-2]:
-        old.unlink()
-
-
-def resume(
-    detector: nn.Module, optimizer: torch.optim.Optimizer, clock: _detection.Clock, folder: Path
-) -> int:
-    """Load the newest rolling checkpoint that can be read, if any; return the iteration to go on with."""
-    found = checkpoints(folder)
-    for path in reversed(found):
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-            reason = (str(error) or "it is empty").splitlines()[0]
-            print(f"{path} cannot be read ({reason}); trying an older one", file=sys.stderr)
-            continue
-        detector.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        clock.load_state_dict(state["clock"])
-        return state["iteration"]
-    if found:
-        raise BadInput(f"{folder}: no rolling checkpoint can be read; delete it to start from the beginning")
-    return 0
 
 
 @torch.no_grad()

@@ -136,7 +136,15 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(voc, backbone, tmp_pat
     monkeypatch.setattr(engine, "step", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate(backbone, voc, TINY, work)
-    assert [path.name for path in work.rglob("checkpoint-*")] == ["checkpoint-00000002.pt"]
+    assert [path.name for path in work.rglob("checkpoint-*")] == ["checkpoint-000000002.pt"]
+
+    # The state of another trial is none of this one's.
+    (path,) = work.rglob("checkpoint-*")
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, "run": {**state["run"], "seed": 1}}, path)
+    with pytest.raises(BadInput, match="found one of another: seed is 1 there, 0 here; delete it"):
+        evaluate(backbone, voc, TINY, work)
+    torch.save(state, path)
 
     iterations = []
     monkeypatch.setattr(engine, "step", lambda *a: (iterations.append(a[2]), update(*a)))
