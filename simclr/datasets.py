@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import struct
 import time
@@ -523,6 +524,11 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
     keys = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not set(keys) <= content.keys():
         raise BadInput(f"{path}: expected the keys {', '.join(keys)}; unpack that of {name}")
+    for each in keys:
+        if not isinstance(content[each], list):
+            raise BadInput(
+                f"{path}: expected a list as `{each}`, found {content[each]!r:.80}; unpack it again"
+            )
     return content
 
 
@@ -567,35 +573,110 @@ def _coco2017(dataset: Dataset, split: str) -> Listing:
     content = _read_json(path, dataset.name)
     named = _coco_categories(path, content)
     _check_categories(dataset.root, path, named)
-    categories = {each: number for number, each in enumerate(named)}
-    images = sorted(content["images"], key=lambda image: image["id"])
-    sizes = {image["id"]: (image["width"], image["height"]) for image in images}
-    objects: dict[int, list[dict[str, Any]]] = {each: [] for each in sizes}
-    for annotation in content["annotations"]:
-        try:
-            found = _coco_object(annotation, categories)
-            if annotation["id"] in COCO_FLAT and annotation["bbox"][3] == 0:
-                continue
-            where = f"{path}: annotation {annotation['id']}"
-            _check_box(found["bbox"], *sizes[annotation["image_id"]], where)
-            objects[annotation["image_id"]].append(found)
-        except KeyError as error:
-            raise BadInput(
-                f"{path}: annotation {annotation.get('id')} names {error}, which the file does not have; "
-                "unpack the annotations again"
-            ) from error
-    paths = Paths(dataset.root, [f"{split}/{image['file_name']}" for image in images])
+    images = _coco_images(path, content)
+    objects = _coco_objects(path, content, images, {each: number for number, each in enumerate(named)})
+    paths = Paths(dataset.root, [f"{split}/{image['file_name']}" for image in images.values()])
     boxes = [
         {
             "file_name": str(path),
-            "image_id": image["id"],
+            "image_id": number,
             "height": image["height"],
             "width": image["width"],
-            "annotations": objects[image["id"]],
+            "annotations": objects[number],
         }
-        for image, path in zip(images, paths, strict=True)
+        for (number, image), path in zip(images.items(), paths, strict=True)
     ]
     return Listing(paths, boxes=boxes, sizes=_sizes(boxes))
+
+
+COCO_IMAGE = {"id": int, "file_name": str, "width": int, "height": int}
+
+
+def _coco_images(path: Path, content: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Return id → image in the order of the ids."""
+    for each in content["images"]:
+        if not isinstance(each, dict) or {name: type(each.get(name)) for name in COCO_IMAGE} != COCO_IMAGE:
+            raise BadInput(
+                f"{path}: expected images with whole numbers `id`, `width` and `height` and a `file_name`, "
+                f"found {each!r:.120}; unpack the file again"
+            )
+    images = {each["id"]: each for each in sorted(content["images"], key=lambda each: each["id"])}
+    if len(images) < len(content["images"]):
+        raise BadInput(f"{path}: expected each id once among its images; unpack the file again")
+    return images
+
+
+def _coco_objects(
+    path: Path, content: dict[str, Any], images: dict[int, dict[str, Any]], categories: dict[int, int]
+) -> dict[int, list[dict[str, Any]]]:
+    """Return the objects of each image; raises `BadInput` for the first annotation that is not one."""
+    objects: dict[int, list[dict[str, Any]]] = {each: [] for each in images}
+    seen = set()
+    for annotation in content["annotations"]:
+        number = annotation.get("id") if isinstance(annotation, dict) else None
+        if type(number) is not int:
+            raise BadInput(
+                f"{path}: expected annotations with a whole number `id`, found {annotation!r:.120}; unpack "
+                "the file again"
+            )
+        where = f"{path}: annotation {number}"
+        if number in seen:
+            raise BadInput(f"{where}: expected each id once, found a second; unpack the file again")
+        seen.add(number)
+        fault = _coco_fault(annotation, images, categories)
+        if fault:
+            raise BadInput(f"{where}: {fault}; unpack the file again")
+        if number in COCO_FLAT and annotation["bbox"][3] == 0:
+            continue
+        image, found = images[annotation["image_id"]], _coco_object(annotation, categories)
+        _check_box(found["bbox"], image["width"], image["height"], where)
+        objects[image["id"]].append(found)
+    return objects
+
+
+def _coco_fault(
+    annotation: dict[str, Any], images: dict[int, dict[str, Any]], categories: dict[int, int]
+) -> str | None:
+    """Return what was expected of an annotation and what was found, or None where it is right."""
+    for reference, known in (("image_id", images), ("category_id", categories)):
+        value = annotation.get(reference)
+        if type(value) is not int or value not in known:
+            return f"expected one that the file has as `{reference}`, found {value!r:.80}"
+    crowd, box = annotation.get("iscrowd"), annotation.get("bbox")
+    if crowd not in (0, 1):
+        return f"expected 0 or 1 as `iscrowd`, found {crowd!r:.80}"
+    if not _are_numbers(box) or len(box) != 4:
+        return f"expected four numbers x, y, width, height as `bbox`, found {box!r:.80}"
+    return _shape_fault(annotation.get("segmentation"), bool(crowd), images[annotation["image_id"]])
+
+
+def _shape_fault(shape: Any, crowd: bool, image: dict[str, Any]) -> str | None:
+    """Return what was expected of a segmentation and what was found, or None where it is right.
+
+    Polygons of less than three points pass: Detectron2 leaves them out (coco.py), as training here does.
+    """
+    if not crowd or not isinstance(shape, dict):
+        if isinstance(shape, list) and shape and all(_is_polygon(each) for each in shape):
+            return None
+        return f"expected polygons, lists of x and y in turn, as `segmentation`, found {shape!r:.80}"
+    size, runs = [image["height"], image["width"]], shape.get("counts")
+    if shape.get("size") == size and _are_numbers(runs) and min(runs) >= 0 and sum(runs) == size[0] * size[1]:
+        return None
+    return f"expected an RLE of {size} as `segmentation`, with runs that add up, found {shape!r:.80}"
+
+
+def _is_polygon(values: Any) -> bool:
+    return _are_numbers(values) and len(values) % 2 == 0
+
+
+def _are_numbers(values: Any) -> bool:
+    """Return whether `values` is a list of finite numbers, at least one."""
+    if not isinstance(values, list) or not values or not set(map(type, values)) <= {int, float}:
+        return False
+    try:
+        return math.isfinite(sum(values))
+    except OverflowError:
+        return False
 
 
 def _coco_object(annotation: dict[str, Any], categories: dict[int, int]) -> dict[str, Any]:

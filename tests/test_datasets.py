@@ -468,7 +468,7 @@ def test_coco_files_that_do_not_fit(copied, tmp_path):
     box = content["annotations"][0]["bbox"]
     for wrong, word in (
         ([box[0], box[1], box[2], 0.0], "annotation 1 has a box without area"),
-        ([box[0], box[1], float("nan"), box[3]], "annotation 1 has a box without area"),
+        ([box[0], box[1], float("nan"), box[3]], "annotation 1: expected four numbers"),
         ([-1.5, *box[1:]], "outside its image"),
         ([*box[:3], 1000.0], "annotation 1 has a box (x"),
     ):
@@ -484,6 +484,64 @@ def test_coco_files_that_do_not_fit(copied, tmp_path):
     gone = first(root / "train2017", "*.jpg")
     gone.unlink()
     refused("coco2017", values, tmp_path, gone, "no such file")
+
+
+def test_coco_annotations_that_are_none(copied, tmp_path):
+    """Each is refused by its id; what the published files have, short polygons and crowds as RLE, passes."""
+    root, values = copied("coco", "coco2017")
+    path = root / "annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    images, annotations = content["images"], content["annotations"]
+    first, others = annotations[0], annotations[1:]
+    image = next(each for each in images if each["id"] == first["image_id"])
+    size = [image["height"], image["width"]]
+    runs = [0, size[0] * size[1]]
+
+    def write(*changed: object, **keys: object) -> None:
+        path.write_text(json.dumps({**content, "annotations": [*changed, *others], **keys}))
+
+    for wrong, word in (
+        ({"bbox": [1, 2, 3]}, "four numbers x, y, width, height as `bbox`, found [1, 2, 3]"),
+        ({"bbox": [1, 2, "3", 4]}, "as `bbox`, found [1, 2, '3', 4]"),
+        ({"bbox": [1, 2, True, 4]}, "as `bbox`, found [1, 2, True, 4]"),
+        ({"bbox": [1, 2, 10**400, 4]}, "as `bbox`, found [1, 2, 1000"),
+        ({"bbox": None}, "as `bbox`, found None"),
+        ({"iscrowd": 2}, "0 or 1 as `iscrowd`, found 2"),
+        ({"image_id": [7]}, "expected one that the file has as `image_id`, found [7]"),
+        ({"category_id": 99}, "expected one that the file has as `category_id`, found 99"),
+        ({"segmentation": {"counts": runs, "size": size}}, "polygons, lists of x and y in turn"),
+        ({"segmentation": 7}, "as `segmentation`, found 7"),
+        ({"segmentation": []}, "as `segmentation`, found []"),
+        ({"segmentation": [7]}, "as `segmentation`, found [7]"),
+        ({"segmentation": [[]]}, "as `segmentation`, found [[]]"),
+        ({"segmentation": [[1, 1, 5, 5, 5, 9, 3]]}, "as `segmentation`, found [[1, 1, 5"),
+        ({"segmentation": [[1, 1, 5, 5, 5, "9"]]}, "as `segmentation`, found [[1, 1, 5"),
+        ({"segmentation": [[1, 1, 5, 5, 5, float("inf")]]}, "as `segmentation`, found [[1, 1, 5"),
+        ({"iscrowd": 1, "segmentation": {"counts": runs, "size": size[:1]}}, f"expected an RLE of {size}"),
+        ({"iscrowd": 1, "segmentation": {"counts": [3, 4], "size": size}}, "add up, found {'counts"),
+        ({"iscrowd": 1, "segmentation": {"counts": [-1, runs[1] + 1], "size": size}}, "runs that add up"),
+        ({"iscrowd": 1, "segmentation": {"counts": "0", "size": size}}, "runs that add up"),
+    ):
+        write({**first, **wrong})
+        refused("coco2017", values, tmp_path, f"{path}: annotation {first['id']}: expected", word, "unpack")
+    write(first, first)
+    refused("coco2017", values, tmp_path, f"{path}: annotation {first['id']}: expected each id once")
+    for wrong in (7, [], {}, {**first, "id": "1"}):
+        write(wrong)
+        refused("coco2017", values, tmp_path, path, "annotations with a whole number `id`", str(wrong)[:9])
+    unsized = {key: value for key, value in image.items() if key != "width"}
+    for wrong in (unsized, {**image, "height": "8"}, 7, {**image, "file_name": None}):
+        write(first, images=[wrong if each is image else each for each in images])
+        refused("coco2017", values, tmp_path, path, "images with whole numbers `id`, `width`", "unpack")
+    write(first, images=[*images, image])
+    refused("coco2017", values, tmp_path, path, "each id once among its images")
+    write(first, images=7)
+    refused("coco2017", values, tmp_path, path, "expected a list as `images`, found 7")
+
+    crowd = {"id": 900100, "iscrowd": 1, "segmentation": {"counts": runs, "size": size}}
+    short = {"id": 900101, "segmentation": [[1.5, 1, 5, 5], *first["segmentation"]]}
+    write(first, first | crowd, first | short)
+    verify("coco2017", values, tmp_path)
 
 
 def test_coco_categories_that_are_not_vals_are_refused(copied, tmp_path):
