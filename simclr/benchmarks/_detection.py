@@ -60,12 +60,13 @@ def evaluate(
     file of some test images with what was detected in the first trial.
     """
     from simclr import datasets, rolling
-    from simclr.benchmarks._detection_metrics import measured
+    from simclr.benchmarks._detection_metrics import check_truth, measured
     from simclr.benchmarks._detection_sheet import draw
 
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise BadInput("detection starts one process per GPU itself: call it once, without torchrun")
     truth = datasets.detection(dataset, config.test_split)
+    check_truth(measure, truth, dataset.class_names)
     run = identity(backbone, dataset, config)
     with workplace(work, run) as folder, rolling.queued_again_in_time():
         spec = _prepare(folder, backbone, dataset, config, truth)

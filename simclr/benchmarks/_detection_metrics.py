@@ -38,6 +38,41 @@ def measured(
     return measure(truth, detections, classes)
 
 
+def check_truth(measure: Callable[..., Metrics], truth: list[Json], classes: list[str]) -> None:
+    """Raise `BadInput` for a truth on which `measure` has no number whatever is detected.
+
+    To be asked before anything is trained.
+    """
+    {voc_metrics: _check_voc, coco_metrics: _check_coco}[measure](truth, classes)
+
+
+def _check_voc(truth: list[Json], classes: list[str]) -> None:
+    sure = {each["category_id"] for i in truth for each in i["annotations"] if not each["difficult"]}
+    absent = [name for index, name in enumerate(classes) if index not in sure]
+    if absent:
+        raise BadInput(
+            f"no test image has an object of class {absent[0]} that is not difficult, so its average "
+            "precision is undefined; unpack the annotations of the test images again"
+        )
+
+
+def _check_coco(truth: list[Json], classes: list[str]) -> None:
+    objects = [(image, each) for image in truth for each in image["annotations"]]
+    if all(each["iscrowd"] for _, each in objects):
+        raise BadInput(
+            "no test image has an object that is no crowd, so average precision is undefined; unpack the "
+            "annotations of the test images again"
+        )
+    for image, each in objects:
+        shape = each["segmentation"]
+        # By the first polygon, pycocotools tells polygons from boxes, which it then cannot read.
+        if isinstance(shape, list) and len(shape[0]) < 6:
+            raise BadInput(
+                f"{image['file_name']}: an object has a first polygon of less than three points, "
+                f"{shape[0]}, from which pycocotools makes no mask; unpack the annotations again"
+            )
+
+
 def voc_metrics(truth: list[Json], detections: list[Json], classes: list[str]) -> Metrics:
     """Return VOC2007's `ap50`, `ap`, `ap75` of `detections`, in percent, averaged over `classes`.
 
@@ -45,7 +80,8 @@ def voc_metrics(truth: list[Json], detections: list[Json], classes: list[str]) -
     from 1, to one; equal scores keep their order. Details have the same by the rule of VOC2010 and later,
     `area`. Raises `BadInput` for a class of which `truth` has no object that is not difficult.
     """
-    table = np.array([_class_ap(truth, detections, i, name) for i, name in enumerate(classes)])
+    _check_voc(truth, classes)
+    table = np.array([_class_ap(truth, detections, i) for i in range(len(classes))])
     eleven_points, area = np.moveaxis(100 * table.mean(0), 1, 0)
     return Metrics(_voc_columns(eleven_points), details={"area": _voc_columns(area)})
 
@@ -55,7 +91,7 @@ def _voc_columns(means: np.ndarray) -> dict[str, float]:
     return {"ap50": at[0.5], "ap": float(means.mean()), "ap75": at[0.75]}
 
 
-def _class_ap(truth: list[Json], detections: list[Json], index: int, name: str) -> list[tuple[float, float]]:
+def _class_ap(truth: list[Json], detections: list[Json], index: int) -> list[tuple[float, float]]:
     """Return the average precisions of one class at every IoU threshold, by either rule, between 0 and 1."""
     boxes, difficult = {}, {}
     for image in truth:
@@ -64,8 +100,6 @@ def _class_ap(truth: list[Json], detections: list[Json], index: int, name: str) 
         boxes[image["image_id"]] = corners + np.array([1, 1, 0, 0])
         difficult[image["image_id"]] = np.array([each["difficult"] for each in objects], bool)
     positives = sum(int((~each).sum()) for each in difficult.values())
-    if positives == 0:
-        raise BadInput(f"no test image has an object of class {name}, so its average precision is undefined")
     found = [each for each in detections if each["category_id"] == index]
     found = [(float(f"{each['score']:.3f}"), each["image_id"], _rounded(each["bbox"])) for each in found]
     found.sort(key=lambda each: -each[0])
@@ -127,13 +161,13 @@ def coco_metrics(truth: list[Json], detections: list[Json], classes: list[str]) 
     """Return COCO's box and mask AP, AP50 and AP75 of `detections`, in percent, by pycocotools.
 
     All areas, 100 detections per image. Details name the `absent_classes`, which the means leave out, as
-    `truth` has no object of them. Raises `BadInput` when `truth` has no object that counts.
+    `truth` has no object of them. Raises `BadInput` when `truth` has no object that counts, or one of which
+    pycocotools makes no mask.
     """
+    _check_coco(truth, classes)
     with contextlib.redirect_stdout(io.StringIO()):
         dataset = coco_of(truth, classes)
         found = {kind: _coco_stats(dataset, detections, kind) for kind in ("bbox", "segm")}
-    if min(min(each) for each in found.values()) < 0:
-        raise BadInput("no test image has an object that is no crowd, so average precision is undefined")
     keys = {"bbox": "box", "segm": "mask"}
     values = {
         f"{keys[kind]}_{name}": 100 * float(value)

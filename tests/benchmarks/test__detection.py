@@ -175,7 +175,7 @@ def test_scores_are_rounded_to_three_decimals_before_they_are_ranked():
 
 def test_a_class_without_objects_has_no_ap():
     truth = [image("a", ((0, 0, 10, 10), 0, False), ((0, 0, 10, 10), 1, True))]
-    with pytest.raises(BadInput, match="class one"):
+    with pytest.raises(BadInput, match="class one that is not difficult"):
         voc_metrics(truth, [detection("a", (0, 0, 10, 10), 0.9)], CLASSES)
 
 
@@ -225,6 +225,17 @@ def test_coco_metrics_by_hand():
 def test_coco_without_an_object_is_refused():
     with pytest.raises(BadInput, match="no crowd"):
         coco_metrics(coco_scene(crowd=1), [coco_detection(7, (0, 0, 9, 9), 0.9)], CLASSES[:1])
+
+
+def test_coco_refuses_an_object_of_which_pycocotools_makes_no_mask():
+    """It takes four numbers for a box, and stumbles over a list; a later short polygon is read."""
+    found, shape = [coco_detection(7, (0, 0, 10, 10), 0.9)], square((0, 0, 10, 10))
+    scene = coco_scene()
+    scene[0]["annotations"][0]["segmentation"] = [*shape, [1.0, 1.0, 4.0, 4.0]]
+    assert coco_metrics(scene, found, CLASSES[:1])["mask_ap50"] > 0
+    scene[0]["annotations"][0]["segmentation"] = [[1.0, 1.0, 4.0, 4.0], *shape]
+    with pytest.raises(BadInput, match=r"7.jpg: an object has a first polygon of less than three points"):
+        coco_metrics(scene, found, CLASSES[:1])
 
 
 def test_training_keeps_difficult_objects_and_drops_crowds_and_empty_images():

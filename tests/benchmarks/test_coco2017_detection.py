@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from simclr import checkpoint, datasets
+from simclr import BadInput, checkpoint, datasets
 from simclr.benchmarks import voc0712_detection
 from simclr.benchmarks.coco2017_detection import COLUMNS, Config, evaluate
 from simclr.model import resnet
@@ -80,20 +80,35 @@ def test_what_is_not_said_is_vocs():
     assert {key: getattr(coco, key) for key in same} == {key: getattr(voc, key) for key in same}
 
 
-@pytest.mark.parametrize("variant", ["fpn_1x", "c4_1x", "mmselfsup_fpn_1x"])
-def test_a_miniature_run_with_masks(variant, dataset, tmp_path, monkeypatch):
-    full = dataset("coco2017")
-    cut = {"train2017": datasets.detection(full, "train2017")[:4]}
-    cut["val2017"] = datasets.detection(full, "val2017")[:3]
-    monkeypatch.setattr(datasets, "detection", lambda _, split: cut[split])
+@pytest.fixture
+def backbone(tmp_path):
     torch.manual_seed(0)
     path = tmp_path / "backbone.safetensors"
     checkpoint.save_backbone(
         path, resnet("resnet18_w0.125").state_dict(), {"architecture": "resnet18_w0.125"}
     )
-    metrics = evaluate(
-        checkpoint.Backbone.open(path), full, Config(**TINY, variant=variant), tmp_path / "work"
-    )
+    return checkpoint.Backbone.open(path)
+
+
+def test_crowds_alone_are_refused_before_anything_is_trained(backbone, dataset, tmp_path, monkeypatch):
+    full = dataset("coco2017")
+    truth = datasets.detection(full, "val2017")
+    for image in truth:
+        for each in image["annotations"]:
+            each["iscrowd"] = 1
+    monkeypatch.setattr(datasets, "detection", lambda _, split: truth)
+    with pytest.raises(BadInput, match="no test image has an object that is no crowd"):
+        evaluate(backbone, full, Config(**TINY), tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("variant", ["fpn_1x", "c4_1x", "mmselfsup_fpn_1x"])
+def test_a_miniature_run_with_masks(variant, backbone, dataset, tmp_path, monkeypatch):
+    full = dataset("coco2017")
+    cut = {"train2017": datasets.detection(full, "train2017")[:4]}
+    cut["val2017"] = datasets.detection(full, "val2017")[:3]
+    monkeypatch.setattr(datasets, "detection", lambda _, split: cut[split])
+    metrics = evaluate(backbone, full, Config(**TINY, variant=variant), tmp_path / "work")
     assert metrics.details["variant"] == variant
     assert list(metrics) == list(COLUMNS)
     assert all(0 <= value <= 100 for value in metrics.values())

@@ -168,6 +168,18 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(voc, backbone, tmp_pat
     assert {each["iterations"] for each in protocols} == {1, 4}
 
 
+def test_a_class_without_a_test_object_is_refused_before_anything_is_trained(
+    voc, backbone, tmp_path, monkeypatch
+):
+    truth = datasets.detection(voc, "test07")
+    for each in truth[0]["annotations"]:
+        each["difficult"] = 1
+    monkeypatch.setattr(datasets, "detection", lambda _, split: truth[:1])
+    with pytest.raises(BadInput, match=rf"of class {voc.class_names[0]} that is not difficult"):
+        evaluate(backbone, voc, TINY, tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
 def test_torchrun_is_refused(voc, backbone, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BadInput, match="without torchrun"):
