@@ -1,19 +1,26 @@
-"""The command line on bad features and manifests: status 2, one sentence that says what to do, no record."""
+"""The command line on bad input: status 2, one sentence that says what to do, no record and no manifest."""
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
+import sys
+import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
-from simclr import features, results
+from simclr import checkpoint, config, features, results
 from simclr.__main__ import main
-from simclr.benchmarks import imagenet_semi, inat18_mhead, places205_mhead
+from simclr.benchmarks import imagenet_semi, inat18_mhead, places205_mhead, voc12aug_segmentation
+from simclr.model import resnet
 from simclr.results import DatasetStamp, Record
 
 SPLITS = {
@@ -278,3 +285,185 @@ def test_features_that_do_not_fit_on_the_disk_are_refused(
     said = capsys.readouterr().err
     assert ": 20 images need 80.0 GB (avgpool in float32), but 2.0 GB are free; choose fewer layers" in said
     assert not (tmp_path / "imagenet-train").exists()
+
+
+# ---------------------------------------------------------------- boxes and masks
+
+
+def one_sentence(capsys: pytest.CaptureFixture, arguments: dict[str, object], step: str) -> str:
+    """Return the sentence with which a step of the command line ends."""
+    assert main([step, *(text for key, value in arguments.items() for text in (f"--{key}", str(value)))]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("simclr: ")
+    return said.removeprefix("simclr: ")
+
+
+@pytest.fixture
+def verification(demo_block, tmp_path, capsys):
+    """(dataset, damage) → the sentence with which a copy that `damage(root)` changed is refused."""
+
+    def refused(name: str, damage: Callable[[Path], None]) -> str:
+        root = shutil.copytree(demo_block(name).root, tmp_path / "root")
+        values = demo_block(name).model_copy(update={"root": root})
+        damage(root)
+        arguments = {
+            "name": name,
+            "config": values.model_dump_json(),
+            "output": tmp_path / "manifests/data.json",
+        }
+        said = one_sentence(capsys, arguments, "datasets")
+        assert not list(tmp_path.glob("manifests/*"))
+        return said.replace(str(root), "ROOT")
+
+    return refused
+
+
+def annotate(path: str, value: str) -> Callable[[Path], None]:
+    """Return what writes `value` to a place of the first object of a VOC annotation."""
+
+    def damage(root: Path) -> None:
+        file = min((root / "VOC2012/Annotations").glob("*.xml"))
+        tree = ET.parse(file)
+        tree.find(f"object/{path}").text = tree.findtext("object/bndbox/xmin") if value == "xmin" else value
+        tree.write(file)
+
+    return damage
+
+
+def name_one_more(root: Path) -> None:
+    """Let a list of VOC name an image that is not there."""
+    with (root / "VOC2012/ImageSets/Main/trainval.txt").open("a") as file:
+        file.write("2012_999999\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            annotate("bndbox/xmax", "9999"),
+            r"\.xml: an object has a box \(.*\) outside its image of .* pixels;",
+        ),
+        (annotate("bndbox/xmax", "0"), r"\.xml: an object has a box without area \(.*\); unpack"),
+        (annotate("name", "zebra"), r"\.xml: expected a VOC annotation .* KeyError: 'zebra'; unpack"),
+        (name_one_more, r"trainval.txt: it names 2012_999999, but .*xml was not found; unpack both"),
+    ],
+    ids=["outside", "no area", "no such class", "no such image"],
+)
+def test_voc_annotations_that_do_not_fit_are_refused(damage, message, verification):
+    assert re.match(f"ROOT/VOC2012/.*{message}", verification("voc0712", damage))
+
+
+def rewrite_coco(key: str, **values: object) -> Callable[[Path], None]:
+    """Return what changes the first of the images or annotations of instances_train2017.json."""
+
+    def damage(root: Path) -> None:
+        path = root / "annotations/instances_train2017.json"
+        content = json.loads(path.read_text())
+        content[key][0] |= values
+        path.write_text(json.dumps(content))
+
+    return damage
+
+
+def remove_images(root: Path) -> None:
+    """Remove two of the training images."""
+    for path in sorted((root / "train2017").iterdir())[:2]:
+        path.unlink()
+
+
+RLE = {"counts": [1], "size": [1, 1]}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (rewrite_coco("annotations", bbox=[0, 0, 9999, 5]), r"annotation \d+ has a box \(.*\) outside its"),
+        (rewrite_coco("annotations", bbox=[3, 3, 0, 5]), r"annotation \d+ has a box without area"),
+        (rewrite_coco("annotations", category_id=99), r"annotation \d+: expected one .* found 99; unpack"),
+        (rewrite_coco("annotations", bbox=[1, 2, 3]), r"annotation \d+: expected four numbers"),
+        (rewrite_coco("annotations", iscrowd=0, segmentation=RLE), r"annotation \d+: expected polygons"),
+        (rewrite_coco("annotations", segmentation=7), r"annotation \d+: expected polygons"),
+        (rewrite_coco("images", width=None), r"expected images with whole numbers `id`, `width`"),
+        (rewrite_coco("categories", name="zebra"), r"expected .* as category \d+, as in .*, found 'zebra'"),
+        (remove_images, r"no such file, though the lists name it \(and 1 more of"),
+    ],
+)
+def test_coco_files_that_do_not_fit_are_refused(damage, message, verification):
+    said = verification("coco2017", damage)
+    assert re.match(rf"ROOT/(annotations/instances_train2017.json|train2017/\d+.jpg): {message}", said)
+
+
+def test_a_mask_of_another_size_is_refused(verification):
+    def damage(root: Path) -> None:
+        ids = (root / "VOC2012/ImageSets/Segmentation/aug.txt").read_text().split()
+        mask = root / f"VOC2012/SegmentationClassAug/{ids[0]}.png"
+        with Image.open(mask) as image:
+            image.crop((0, 0, 20, 10)).save(mask)
+
+    message = r"ROOT/VOC2012/.*png: expected .* pixels, the size of its image, found 20 × 10; restore both"
+    assert re.match(message, verification("voc12aug", damage))
+
+
+@pytest.fixture
+def detection(dataset, tmp_path, capsys):
+    """(benchmark, backbone, config …) → the sentence with which the detection is refused."""
+
+    def refused(benchmark: str, backbone: Path, **values: object) -> str:
+        arguments = {
+            "model": "m",
+            "backbone": backbone,
+            "dataset": dataset(benchmark.removesuffix("_detection")).manifest,
+            "config": json.dumps(values),
+            "work": tmp_path / "work",
+            "output": tmp_path / "m" / "record.json",
+        }
+        said = one_sentence(capsys, arguments, benchmark)
+        assert not list(tmp_path.rglob("record.*"))
+        return said
+
+    return refused
+
+
+@pytest.mark.parametrize("benchmark", ["voc0712_detection", "coco2017_detection"])
+def test_a_backbone_of_another_depth_is_refused(benchmark, detection, tmp_path):
+    path = tmp_path / "backbone.safetensors"
+    torch.manual_seed(0)
+    state = {key: value.contiguous() for key, value in resnet("resnet18_w0.125").state_dict().items()}
+    save_file(state, path, {"architecture": "resnet50_w0.125"})
+    said = detection(benchmark, path, engine="torchvision")
+    assert said.startswith(f"{path}: expected exactly the 318 tensors of resnet50_w0.125")
+    assert not (tmp_path / "work").exists()
+
+
+def test_an_unknown_version_of_detectron2_is_refused(detection, tmp_path, monkeypatch):
+    backbone = tmp_path / "backbone.safetensors"
+    checkpoint.random_init(config.RandomInit(architecture="resnet50"), backbone)
+    (tmp_path / "packages/detectron2").mkdir(parents=True)
+    (tmp_path / "packages/detectron2/__init__.py").write_text("__version__ = '0.7'\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    monkeypatch.setenv("SIMCLR_DETECTRON2_PYTHON", sys.executable)
+    said = detection("voc0712_detection", backbone)
+    assert re.match(r"engine: expected Detectron2 .*, found 0\.7, .* or set engine: torchvision", said)
+
+
+def test_the_checkpoint_of_another_segmentation_is_refused(dataset, small_backbone, tmp_path, capsys):
+    """Where somebody copied it into the folder of this run; what differs is named."""
+    from simclr.benchmarks import _segmentation  # which takes seconds to import
+
+    opened = dataset("voc12aug")
+    values = voc12aug_segmentation.Config(iterations=3)
+    run = _segmentation.inputs_of(small_backbone, opened, values)
+    with results.workplace(tmp_path / "work", run) as folder:
+        other = {**run, "config": {**run["config"], "iterations": 2}}
+        torch.save({"run": other, "cost": {}, "state_dict": {}, "meta": {}}, folder / "iter_000000002.pth")
+    arguments = {
+        "model": "m",
+        "backbone": small_backbone.path,
+        "dataset": opened.manifest,
+        "config": values.model_dump_json(),
+        "work": tmp_path / "work",
+        "output": tmp_path / "m" / "record.json",
+    }
+    said = one_sentence(capsys, arguments, "voc12aug_segmentation")
+    assert re.match(r".*iter_000000002.pth: .* config.iterations is 2 there, 3 here; delete it, or", said)
+    assert not list(tmp_path.rglob("record.*"))
