@@ -3,8 +3,11 @@
 The defaults, `variant: moco`, are MoCo's protocol for Detectron2, which MMSelfSup v0.11.0 copies
 (configs/benchmarks/detectron2/pascal_voc_R_50_C4_24k_moco.yaml). MMSelfSup's published AP50 was made with
 MMDetection instead (configs/benchmarks/mmdetection/voc0712/faster_rcnn_r50_c4_mstrain_24k_voc0712.py), of
-which `variant: mmselfsup` takes over what changes the training. It leaves alone how boxes are read and
-measured: MMDetection lowers all four coordinates by one and counts no last pixel.
+which `variant: mmselfsup` takes over the weight decay of BatchNorm, the running averages, that difficult
+objects are not trained on, and that anchors across the border do not count. Two things it leaves out: in
+MMDetection an object's best anchor counts only from an IoU of 0.3, and images whose objects are all
+difficult stay, as images without an object, where here they are not trained on. Nor does it change how
+boxes are read and measured: MMDetection lowers all four coordinates by one and counts no last pixel.
 """
 
 from __future__ import annotations
