@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 from pydantic import ValidationError
 
 from simclr import BadInput, checkpoint, datasets
 from simclr.benchmarks import voc0712_detection
 from simclr.benchmarks.coco2017_detection import COLUMNS, Config, evaluate
 from simclr.model import resnet
+
+ROOT = Path(__file__).parents[2]
 
 TINY = {
     "engine": "torchvision",
@@ -70,6 +76,16 @@ def test_mmselfsups_files_are_short_deltas_from_detectron2s(length):
         "iterations": epochs * per_epoch,
         "steps": tuple(drop * per_epoch for drop in drops),
     }
+
+
+@pytest.mark.parametrize("benchmark", ["voc0712_detection", "coco2017_detection"])
+def test_the_config_file_names_the_variants_that_published_rows_have(benchmark):
+    rows = yaml.safe_load((ROOT / "results/published.yaml").read_text())
+    text = (ROOT / "config/config.yaml").read_text()
+    comment = text.partition("# A detection is compared only")[2].partition("voc0712_detection:")[0]
+    variants = {row["variants"][benchmark] for row in rows if benchmark in row.get("variants", {})}
+    assert variants
+    assert {each for each in variants if each not in re.findall(r"\w+", comment)} == set()
 
 
 def test_what_is_not_said_is_vocs():
