@@ -1,8 +1,11 @@
 """Datasets on disk: reading them from their published lists, and verifying them before anything is trained.
 
 `verify` looks at every file of a dataset once and writes a manifest; every later step opens the manifest with
-`Dataset.open` and reads a split with `samples` (classification), `detection` or `segmentation`. A list or a
-folder that is no longer what was verified is refused.
+`Dataset.open` and reads a split with `samples` (classification), `detection` or `segmentation`. A list, a
+folder or a box that is no longer what was verified is refused.
+
+The manifest has hashes of all that a result is measured against, names, labels, boxes and masks: the same
+manifest, the same truth. The pixels of images are not hashed, and masks not again when they are read.
 
 Beside the manifest lies an index of each classification split, `<manifest>.<split>.index`, from which a split
 of a million images opens without its folders being listed. It is a cache: nothing is declared or asked of it,
@@ -977,23 +980,40 @@ def _verify_split(dataset: Dataset, split: str, expected: int, decoded: int) -> 
     chosen = np.sort(np.random.default_rng(0).permutation(expected)[:decoded])
     for index in chosen:
         decode(listing.paths[index])
+    entry = {"images": expected, "decoded": len(chosen), "sha256": _digest(listing)}
     if listing.masks is not None:
         _check_sizes(listing.masks, _inspect_all(listing.masks, dataset.name), sizes, "its image")
-        _check_masks(listing.masks, dataset)
+        entry["masks_sha256"] = _check_masks(listing.masks, dataset)
     _write_index(dataset, split, listing, began)
-    return {"images": expected, "decoded": len(chosen), "sha256": _digest(listing)}
+    return entry
 
 
 def _digest(listing: Listing) -> str:
-    """Return the SHA-256 of the names and labels of a split, in their order."""
+    """Return the SHA-256 of the names, labels and boxes of a split, in their order.
+
+    COCO's polygons are not in it: they are in a list, which is hashed as a whole.
+    """
     digest = hashlib.sha256(listing.paths.names.tobytes())
     if listing.labels is not None:
         digest.update(listing.labels.tobytes())
+    if listing.boxes is not None:
+        digest.update(listing.sizes.tobytes())
+        digest.update(_box_table(listing.boxes).tobytes())
     return digest.hexdigest()
 
 
+def _box_table(boxes: list[dict[str, Any]]) -> np.ndarray:
+    """Return image, corners, class, crowd and difficult of every object of a split, `(N, 8)` float64."""
+    rows = [
+        (image, *each["bbox"], each["category_id"], each["iscrowd"], each["difficult"])
+        for image, entry in enumerate(boxes)
+        for each in entry["annotations"]
+    ]
+    return np.array(rows, np.float64).reshape(-1, 8)
+
+
 def _verified(dataset: Dataset, split: str) -> Listing:
-    """Open or read a split; raise `BadInput` unless lists, names and labels are those of the manifest."""
+    """Open or read a split; raise `BadInput` unless lists, names, labels and boxes are the manifest's."""
     if split not in dataset.splits:
         raise BadInput(f"{dataset.name} has the splits {', '.join(dataset.splits)}; found {split!r}")
     _check_lists(dataset)
@@ -1002,7 +1022,8 @@ def _verified(dataset: Dataset, split: str) -> Listing:
         began = time.time_ns()
         listing = READERS[dataset.name].read(dataset, split)
         if _digest(listing) != dataset.splits[split]["sha256"]:
-            raise BadInput(_changed(dataset, dataset.root, f"the images or labels of {split}"))
+            what = "labels" if listing.boxes is None else "boxes"
+            raise BadInput(_changed(dataset, dataset.root, f"the images or {what} of {split}"))
         _write_index(dataset, split, listing, began)
     return listing
 
@@ -1165,24 +1186,32 @@ def _check_sizes(paths: Paths, found: np.ndarray, expected: np.ndarray, what: st
             )
 
 
-def _check_masks(paths: Paths, dataset: Dataset, threads: int = 8) -> None:
-    """Raise `BadInput` for the first mask that is not one channel of class numbers and 255.
+def _check_masks(paths: Paths, dataset: Dataset, threads: int = 8) -> str:
+    """Return the SHA-256 of all masks; raise `BadInput` unless each is one channel of class numbers and 255.
 
     Every mask is looked at: a label out of range may end a training on a GPU after hours, without a word of
     the image.
     """
+    digest = hashlib.sha256()
     with ThreadPoolExecutor(threads) as pool:
-        for path, fault in zip(
-            paths, pool.map(partial(_mask_fault, classes=dataset.classes), paths), strict=True
-        ):
+        inspected = pool.map(partial(_inspect_mask, classes=dataset.classes), paths)
+        for path, (content, fault) in zip(paths, inspected, strict=True):
             if fault:
                 raise BadInput(f"{path}: {fault}; restore it from the archive")
+            digest.update(content)
+    return digest.hexdigest()
 
 
-def _mask_fault(path: Path, classes: int) -> str | None:
+def _inspect_mask(path: Path, classes: int) -> tuple[bytes, str | None]:
+    """Return the SHA-256 of a mask's file, and what is wrong with it, or None."""
+    content = path.read_bytes()
+    return hashlib.sha256(content).digest(), _mask_fault(content, classes)
+
+
+def _mask_fault(content: bytes, classes: int) -> str | None:
     """Return what was expected of a mask and what was found, or None where it is right."""
     try:
-        with Image.open(path) as image:
+        with Image.open(BytesIO(content)) as image:
             if image.mode not in ("P", "L"):
                 return f"expected a palette or greyscale image of class numbers, found mode {image.mode}"
             pixels = image.histogram()

@@ -645,6 +645,54 @@ def test_a_dataset_that_changed_after_it_was_verified_is_refused(imagenet, tmp_p
         datasets.samples(opened, "train")
 
 
+@pytest.mark.parametrize("place", ["bndbox/xmax", "difficult", "name"])
+def test_boxes_that_changed_are_another_manifest_and_are_refused(place, copied, tmp_path):
+    root, values = copied("VOCdevkit", "voc0712")
+    opened = verify("voc0712", values, tmp_path)
+    annotation = first(root / "VOC2007/Annotations", "*.xml")
+    tree = ET.parse(annotation)
+    listed = annotation.stem in (root / "VOC2007/ImageSets/Main/test.txt").read_text().split()
+    element = tree.find(f"object/{place}")
+    other = next(name for name in opened.class_names if name != element.text)
+    element.text = other if place == "name" else str(abs(int(element.text) - 1))
+    tree.write(annotation)
+    split = "test07" if listed else "trainval07"
+    with pytest.raises(BadInput, match=f"expected the images or boxes of {split} as when voc0712"):
+        datasets.detection(opened, split)
+    datasets.detection(opened, "trainval12")
+    assert verify("voc0712", values, tmp_path).dataset != opened.dataset
+
+
+def test_coco_boxes_and_polygons_that_changed_are_another_manifest(copied, tmp_path):
+    root, values = copied("coco", "coco2017")
+    opened = verify("coco2017", values, tmp_path)
+    path = root / "annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    shape = next(each["segmentation"] for each in content["annotations"] if not each["iscrowd"])
+    shape[0][0] += 0.5
+    path.write_text(json.dumps(content))
+    with pytest.raises(BadInput, match=r"train2017.json: expected the list as when coco2017 was verified"):
+        datasets.detection(opened, "train2017")
+    assert verify("coco2017", values, tmp_path).dataset != opened.dataset
+    assert opened.splits["train2017"] == datasets.Dataset.open(opened.manifest).splits["train2017"]
+    content["annotations"][0]["bbox"][2] -= 0.5
+    path.write_text(json.dumps(content))
+    assert verify("coco2017", values, tmp_path).splits["train2017"] != opened.splits["train2017"]
+
+
+def test_masks_that_changed_are_another_manifest(copied, tmp_path):
+    root, values = copied("VOCdevkit", "voc12aug")
+    opened = verify("voc12aug", values, tmp_path)
+    ids = (root / "VOC2012/ImageSets/Segmentation/val.txt").read_text().split()
+    mask = root / f"VOC2012/SegmentationClass/{ids[-1]}.png"
+    pixels = np.array(Image.open(mask))
+    pixels[0, 0] = 20 if pixels[0, 0] == 255 else 255
+    Image.fromarray(pixels).save(mask)
+    changed = verify("voc12aug", values, tmp_path)
+    assert changed.splits["val"] != opened.splits["val"]
+    assert changed.splits["aug"] == opened.splits["aug"]
+
+
 def test_the_manifest_follows_the_data_not_the_place_of_the_checkout(imagenet, tmp_path, monkeypatch):
     stamps = []
     for place in ("a", "b"):
