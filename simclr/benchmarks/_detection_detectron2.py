@@ -109,7 +109,9 @@ def _work(spec: Json, folder: Path) -> None:
     cfg = configure(spec)
     seed_all_rng(cfg.SEED + comm.get_rank())
     trainer, clock = make_trainer(cfg), _detection.Clock()
-    trainer.checkpointer.add_checkpointable("clock", clock)
+    latest = Latest(trainer)
+    for name, part in {"clock": clock, "latest": latest}.items():
+        trainer.checkpointer.add_checkpointable(name, part)
     load = load_backbone(trainer.model, spec)
     if comm.is_main_process():
         note_newest(folder)
@@ -121,7 +123,7 @@ def _work(spec: Json, folder: Path) -> None:
         if trainer.start_iter >= trainer.max_iter:  # its own hook saves them after an iteration only
             trainer.checkpointer.save(FINAL)
         if comm.is_main_process():
-            _write(trained, training_report(trainer, clock))
+            _write(trained, training_report(latest.values(), clock))
     comm.synchronize()
     model = getattr(trainer.model, "module", trainer.model)
     began = time.monotonic()
@@ -376,15 +378,35 @@ def make_trainer(cfg: Any) -> Any:
     return Trainer(cfg)
 
 
-def training_report(trainer: Any, clock: _detection.Clock) -> Json:
+class Latest:
+    """The last losses and seconds per iteration, `time`, of a training: a part of its checkpoints.
+
+    After the last iteration, a resumed training has no others.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer, self.before = trainer, {}
+
+    def values(self) -> dict[str, float]:
+        storage = getattr(self.trainer, "storage", None)  # only since it trains
+        latest = storage.latest() if storage else {}
+        chosen = {k: float(v) for k, (v, _) in latest.items() if k == "time" or k.startswith("loss_")}
+        return {**self.before, **chosen}
+
+    def state_dict(self) -> dict[str, float]:
+        return self.values()
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.before = dict(state)
+
+
+def training_report(latest: dict[str, float], clock: _detection.Clock) -> Json:
     """Return what the training took, and the last losses."""
     from detectron2.utils import comm
 
-    latest = trainer.storage.latest()
-    seconds = latest.get("time", (0.0, 0))[0]
     return {
-        "usage": _detection.usage(clock, seconds, comm.get_world_size()),
-        "losses": {name: value for name, (value, _) in latest.items() if name.startswith("loss_")},
+        "usage": _detection.usage(clock, latest.get("time", 0.0), comm.get_world_size()),
+        "losses": {name: value for name, value in latest.items() if name != "time"},
     }
 
 

@@ -296,14 +296,14 @@ def train(detector: Detector, spec: Json, folder: Path) -> None:
         detector = sync_batchnorm(detector)
         model = DistributedDataParallel(detector, [device.index] if device.index is not None else None)
     optimizer, clock = sgd(detector, config), _detection.Clock()
-    parts, start = {"model": detector, "optimizer": optimizer, "clock": clock}, 0
+    progress = Progress(config["iterations"])
+    parts = {"model": detector, "optimizer": optimizer, "clock": clock, "progress": progress}
     if (state := rolling.newest(folder, spec["run"])) is not None:
-        start = state["step"]
+        progress.start = state["step"]
         for key, part in parts.items():
             part.load_state_dict(state[key])
-    progress, losses = Progress(config["iterations"], start), {}
-    stream = iter(loader(spec, TRAINING, start, device))
-    for iteration in range(start, config["iterations"]):
+    stream = iter(loader(spec, TRAINING, progress.start, device))
+    for iteration in range(progress.start, config["iterations"]):
         lr = set_lr(optimizer, config, iteration)
         torch.manual_seed(seed_of(spec["seed"], TRAINING, iteration))
         losses = model(*on(device, next(stream)))
@@ -319,7 +319,7 @@ def train(detector: Detector, spec: Json, folder: Path) -> None:
     if rank() == 0:
         trained = {
             "model": detector.state_dict(),
-            "losses": {name: value.item() for name, value in losses.items()},
+            "losses": progress.losses,
             "usage": _detection.usage(clock, progress.seconds_per_iteration, world_size()),
         }
         with replacing(folder / "trained.pt") as part:
@@ -346,11 +346,21 @@ def seed_of(seed: int, stream: int, iteration: int) -> int:
 
 
 class Progress:
-    """Lines on standard error: iteration, losses, learning rate, seconds per iteration, memory, time left."""
+    """Lines on standard error: iteration, losses, learning rate, seconds per iteration, memory, time left.
 
-    def __init__(self, iterations: int, start: int):
-        self.iterations, self.start, self.began = iterations, start, time.monotonic()
+    What it said last is a part of the checkpoints: after the last iteration, a resumed training has no other.
+    """
+
+    def __init__(self, iterations: int):
+        self.iterations, self.start, self.began = iterations, 0, time.monotonic()
         self.seconds_per_iteration = 0.0
+        self.losses: dict[str, float] = {}
+
+    def state_dict(self) -> Json:
+        return {"seconds_per_iteration": self.seconds_per_iteration, "losses": self.losses}
+
+    def load_state_dict(self, state: Json) -> None:
+        self.seconds_per_iteration, self.losses = state["seconds_per_iteration"], state["losses"]
 
     def tell(self, iteration: int, losses: dict[str, Tensor], lr: float) -> None:
         done = iteration + 1
@@ -358,7 +368,8 @@ class Progress:
             return
         self.seconds_per_iteration = (time.monotonic() - self.began) / (done - self.start)
         left = timedelta(seconds=round((self.iterations - done) * self.seconds_per_iteration))
-        values = "  ".join(f"{name} {value.item():.3f}" for name, value in losses.items())
+        self.losses = {name: value.item() for name, value in losses.items()}
+        values = "  ".join(f"{name} {value:.3f}" for name, value in self.losses.items())
         if rank() == 0:
             print(
                 f"iteration {done}/{self.iterations}  {values}  lr {lr:.2g}  "

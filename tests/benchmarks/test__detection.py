@@ -639,6 +639,25 @@ def test_two_processes_on_the_cpu_do_what_one_does(tmp_path, backbone):
         assert result["detections"][0].keys() == one["detections"][0].keys()
 
 
+def test_a_kill_during_precise_bn_costs_the_record_nothing(tmp_path, backbone, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    said, step = [], engine.step
+    config = Coco(**TINY, checkpoint_every=TINY["iterations"])
+    spec = json.loads(prepared_files(backbone, config, tmp_path / "run")[0].read_text())
+    monkeypatch.setattr(engine, "detect", lambda *_: [])
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "precise_bn", killed)
+        patched.setattr(engine, "step", lambda *given: (said.append(given[1]), step(*given)))
+        with pytest.raises(KeyboardInterrupt):
+            engine.run(spec)
+    monkeypatch.setattr(engine, "step", killed)  # no iteration is left
+    result = engine.run(spec)
+    assert result["losses"] == {name: value.item() for name, value in said[-1].items()}
+    assert result["usage"]["seconds_per_iteration"] > 0
+
+
 def test_a_flip_mirrors_boxes_and_polygons():
     line = image("a", ((10, 5, 30, 25), 1, False), ((0, 0, 80, 60), 0, False))
     for annotation in line["annotations"]:

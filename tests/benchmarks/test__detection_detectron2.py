@@ -357,10 +357,16 @@ def test_trained_weights_that_are_lost_are_trained_again(prepared, tmp_path, lef
     if left:
         final.rename(tmp_path / left)
     final.write_bytes(b"PK\3\4")
-    (tmp_path / "result.json").unlink()
+    result = tmp_path / "result.json"
+    first = json.loads(result.read_text())
+    result.unlink()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert f"Starting training from iteration {8 if left else 0}" in done.stdout
     again = torch.load(final, weights_only=True)["model"]
     assert again.keys() == whole.keys()
-    assert not left or all(torch.equal(again[key], whole[key]) for key in whole)
+    if left:
+        assert all(torch.equal(again[key], whole[key]) for key in whole)
+        second = json.loads(result.read_text())
+        assert first["losses"] == second["losses"] != {}
+        assert second["usage"]["seconds_per_iteration"] == first["usage"]["seconds_per_iteration"] > 0
