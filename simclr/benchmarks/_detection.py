@@ -20,6 +20,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -239,12 +240,48 @@ def _run(engine: str, spec: Path, result: Path) -> None:
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
         command = [*command, "-m", module, str(spec), str(result)]
-        status = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}).returncode
+        # Of torchrun, which would leave its processes behind on SIGUSR1.
+        signals = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"}
+        status = _call(command, {**os.environ, **signals, "PYTHONPATH": path})
     refusal = result.with_name(REFUSAL)
     if refusal.is_file():
         raise BadInput(refusal.read_text())
     if status != 0:
         raise RuntimeError(f"the {engine} engine ended with status {status}; its own messages stand above")
+
+
+def _call(command: list[str], environment: dict[str, str]) -> int:
+    """Run a program, which never outlives this call; return its exit status.
+
+    It is told of SIGTERM, SIGUSR1 and SIGINT; once it has ended of them, this process exits with `STOPPED`.
+    """
+    from simclr.rolling import STOPPED
+
+    received: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
+    try:
+        with subprocess.Popen(command, env=environment) as program:
+
+            def hand_on(number: int, _: Any) -> None:
+                received.append(number)
+                program.send_signal(number)
+
+            for number in numbers:
+                signal.signal(number, hand_on)
+            for number in tuple(received):  # while it was started
+                program.send_signal(number)
+            try:
+                status = program.wait()
+            finally:
+                program.terminate()  # where the job's time is over
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        sys.exit(STOPPED)
+    return status
 
 
 def _detectron2_command() -> list[str]:

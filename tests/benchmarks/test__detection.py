@@ -7,6 +7,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_coco2017_detection import TINY
 
-from simclr import BadInput, checkpoint, convert
+from simclr import BadInput, checkpoint, convert, rolling
 from simclr.benchmarks import _detection
 from simclr.benchmarks import _detection_detectron2 as detectron2
 from simclr.benchmarks import _detection_torchvision as engine
@@ -467,6 +468,36 @@ def test_a_python_without_detectron2_is_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "spec.json").write_text("{}")
     with pytest.raises(BadInput, match=r"has no Detectron2.*envs/detectron2\.yaml.*engine: torchvision"):
         _detection._run("detectron2", tmp_path / "spec.json", tmp_path / "result.json")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGALRM])
+def test_an_engine_ends_with_the_step(tmp_path, monkeypatch, number):
+    """It is told of what asks the step to stop, and ends, too, when the time of its job of Slurm is over."""
+    engines = tmp_path / "pid"
+    program = (
+        "import os, pathlib, signal, time\n"
+        f"pathlib.Path({str(engines)!r}).write_text(str(os.getpid()))\n"
+        "signal.signal(signal.SIGINT, signal.SIG_DFL)\n"  # the shell may have it ignored
+        f"os.kill(os.getppid(), {number:d})\n"
+        "time.sleep(10)\n"
+        f"pathlib.Path({str(engines)!r}).unlink()"
+    )
+    monkeypatch.setattr(_detection, "_detectron2_command", lambda: [sys.executable, "-c", program])
+
+    def over(*_):
+        if number == signal.SIGALRM:
+            sys.exit(rolling.STOPPED)
+
+    before = signal.signal(number, over)
+    try:
+        with pytest.raises(SystemExit) as end:
+            _detection._run("detectron2", tmp_path / "spec.json", tmp_path / "result.json")
+        assert signal.getsignal(number) is over
+    finally:
+        signal.signal(number, before)
+    assert end.value.code == rolling.STOPPED
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(engines.read_text()), 0)
 
 
 def test_an_unknown_version_of_detectron2_is_refused(monkeypatch):
