@@ -385,7 +385,8 @@ def precise_bn(model: nn.Module, stream: Iterable[tuple[list[Tensor], list[Json]
     """Set BatchNorm's mean and variance to those of all values in the batches of `stream`.
 
     The variance of the pooled values, from each batch's mean and unbiased variance (Wu and Johnson 2021,
-    "Rethinking Batch in BatchNorm", appendix; fvcore, precise_bn.py).
+    "Rethinking Batch in BatchNorm", appendix; fvcore, precise_bn.py). A layer that none of them reached, as
+    the mask branch of regions of which none is positive, keeps its own.
     """
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and module.training]
     values = {layer: 0 for layer in layers}
@@ -397,7 +398,7 @@ def precise_bn(model: nn.Module, stream: Iterable[tuple[list[Tensor], list[Json]
         values[layer] = inputs[0].numel() // inputs[0].shape[1]
 
     hooks = [layer.register_forward_pre_hook(count) for layer in layers]
-    momenta = [layer.momentum for layer in layers]
+    before = [(each.momentum, each.running_mean.clone(), each.running_var.clone()) for each in layers]
     totals = dict.fromkeys(layers, 0)
     for layer in layers:
         layer.momentum = 1.0
@@ -411,10 +412,12 @@ def precise_bn(model: nn.Module, stream: Iterable[tuple[list[Tensor], list[Json]
                 sums[layer][0] += n * mean
                 sums[layer][1] += n * mean.square() + (n - 1) * variance
                 totals[layer] += n
-    for layer, momentum in zip(layers, momenta, strict=True):
-        mean, square = (each / totals[layer] for each in sums[layer])
+    for layer, (momentum, mean, variance) in zip(layers, before, strict=True):
+        if totals[layer]:
+            mean, square = (each / totals[layer] for each in sums[layer])
+            variance = square - mean.square()
         layer.running_mean.copy_(mean)
-        layer.running_var.copy_(square - mean.square())
+        layer.running_var.copy_(variance)
         layer.momentum = momentum
     for hook in hooks:
         hook.remove()

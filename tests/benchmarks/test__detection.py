@@ -723,6 +723,25 @@ def test_precise_bn_equals_the_statistics_of_all_values():
     assert layer.momentum == 0.1
 
 
+@pytest.mark.parametrize("reached", [True, False])
+def test_precise_bn_leaves_a_layer_that_no_value_reached_as_it_was(reached):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.BatchNorm2d(3)
+            self.norm.running_mean.fill_(2)
+            self.norm.running_var.fill_(5)
+
+        def forward(self, images, targets):
+            return self.norm(images) if reached else images
+
+    model = Model()
+    engine.precise_bn(model, [(torch.zeros(0, 3, 4, 5), None)])
+    assert model.norm.running_mean.tolist() == [2] * 3
+    assert model.norm.running_var.tolist() == [5] * 3
+    assert model.norm.momentum == 0.1
+
+
 def test_a_diverged_loss_stops_training():
     with pytest.raises(BadInput, match=r"diverged at iteration 3.*lower lr"):
         engine.step(None, {"loss_box_reg": torch.tensor(float("nan"))}, 3)
