@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from simclr import BadInput, distributed, results, rolling
 from simclr.benchmarks import _segmentation_sheet as sheet
 from simclr.benchmarks._mmseg import (
+    DATASETS,
     METRICS,
     Hook,
     IoUMetric,
@@ -77,6 +78,7 @@ def evaluate(
         job = Job(config, dataset, run, folder, device)
         base = settings(config, backbone.architecture, dataset, folder, device.type)
         check_dataset(base, dataset)
+        check_count(dataset, ("val",), _count_tested(base))
         state = read_checkpoint(train(job, base, backbone))
         started = time.monotonic()
         areas = test(job, base, state["state_dict"], picture)
@@ -96,6 +98,11 @@ def inputs_of(backbone: Backbone, dataset: Dataset, config: Config) -> dict[str,
         "dataset": dataset.dataset.model_dump(),
         "config": json.loads(protocol),
     }
+
+
+def _count_tested(base: Settings) -> int:
+    """Return how many images the test will have."""
+    return len(DATASETS.build({**base.test_dataloader.dataset, "pipeline": []}))
 
 
 def check_count(dataset: Dataset, splits: Collection[str], found: int) -> None:

@@ -526,11 +526,17 @@ def test_an_image_missing_in_the_test_ends_with_one_sentence(tmp_path, backbone,
         ("val", "expected 17 images in val, found 16"),
     ],
 )
-def test_another_number_of_images_than_verified_is_refused(tmp_path, backbone, dataset, split, words):
+def test_another_number_of_images_than_verified_is_refused(
+    tmp_path, backbone, dataset, split, words, monkeypatch
+):
+    """Before anything is trained, also for the images of the test."""
+    trained = []
+    spy(monkeypatch, _segmentation.Reseed, "before_train_iter", partial(keep_iteration, trained))
     voc = dataset("voc12aug")
     voc.splits[split]["images"] += 1
     with pytest.raises(BadInput, match=words):
         evaluate(backbone, voc, Config(**TINY | {"iterations": 1}), tmp_path)
+    assert trained == []
 
 
 def test_a_backbone_of_another_depth_is_refused(tmp_path, dataset, capsys):
