@@ -72,6 +72,15 @@ def test_the_protocol_of_mmselfsups_row_is_a_short_delta():
         ({"test_edge": 2000}, "must not exceed max_edge"),
         ({"train_max_edge": 640}, "must not exceed train_max_edge 640"),
         ({"box_head": "4conv1fc"}, "is of detector: fpn"),
+        (
+            {"images_per_iteration": 400000},
+            "400000 instead of batch_size 16 gives lr 500 and 1 iterations: at least 1000 must be left",
+        ),
+        (
+            {"iterations": 2000, "steps": [1000, 1001], "images_per_iteration": 32},
+            r"gives lr 0.04 and 1000 iterations: steps must ascend .*\(500, 500\)",
+        ),
+        ({"iterations": 200, "steps": [], "images_per_iteration": 32}, "100 iterations: at least 200 must"),
         ({"variant": "mocov2"}, "variant"),
         ({"learning_rate": 0.1}, "Extra inputs"),
     ],
@@ -79,6 +88,11 @@ def test_the_protocol_of_mmselfsups_row_is_a_short_delta():
 def test_impossible_values_are_refused(values, reason):
     with pytest.raises(ValidationError, match=reason):
         Config(**values)
+
+
+def test_possible_numbers_of_images_are_taken():
+    assert Config(images_per_iteration=384).images_per_iteration == 384  # leaves 1,000 iterations
+    assert Config(iterations=200, steps=[], images_per_iteration=4).iterations == 200
 
 
 @pytest.fixture
