@@ -334,6 +334,9 @@ def main(run: Callable[[Json], Json | None], arguments: list[str]) -> int:
     try:
         # The caller holds the folder above; an engine that outlives a killed caller still holds its own.
         with refusing(result.parent), locked(spec.parent):
+            if int(os.environ.get("RANK", 0)) == 0:
+                for left in spec.parent.glob(".*.part"):
+                    left.unlink()  # by a process that was killed while it wrote
             outcome = run(json.loads(spec.read_text()))
     except BadInput:
         return 2

@@ -310,6 +310,16 @@ def test_an_engine_leaves_its_refusal_where_it_is_looked_for(tmp_path):
     assert not (tmp_path / "result.json").exists()
 
 
+def test_an_engine_clears_what_a_killed_one_left(tmp_path):
+    left, whole = tmp_path / ".checkpoint-000000002.pt.77.part", tmp_path / "checkpoint-000000002.pt"
+    for path in (left, whole, tmp_path / "spec.json"):
+        path.write_text("{}")
+    files = [str(tmp_path / name) for name in ("spec.json", "result.json")]
+    assert _detection.main(lambda spec: {}, files) == 0
+    assert not left.exists()
+    assert whole.exists()
+
+
 def test_load_report_names_what_did_not_arrive():
     state = {"conv1.weight": torch.ones(2), "bn1.weight": torch.ones(2)}
     assert _detection.load_report(dict(state), state, "x")["loaded"] == 2
