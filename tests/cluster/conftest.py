@@ -28,10 +28,11 @@ def slurm() -> None:
         pytest.skip(f"no {', '.join(missing)} here: apt-get install slurmctld slurmd slurm-client munge")
     if os.geteuid() != 0:
         pytest.skip("only root can start nodes that have their own processes and mounts")
-    own = ["unshare", "--uts", "--mount", "--pid", "--fork", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    call = subprocess.run(own, capture_output=True, text=True)
+    own = "mount -t tmpfs tmpfs /mnt && mknod /mnt/null c 1 3"
+    command = ["unshare", "--uts", "--mount", "--pid", "--fork", "sh", "-c", own]
+    call = subprocess.run(command, capture_output=True, text=True)
     if call.returncode:
-        pytest.skip(f"root may not have namespaces and mounts of its own here: {call.stderr.strip()}")
+        pytest.skip(f"root may not have namespaces, mounts and devices here: {call.stderr.strip()}")
 
 
 @pytest.fixture(scope="session")
