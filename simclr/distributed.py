@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -78,6 +79,18 @@ def local_gpu(local_rank: int, visible: int) -> int:
     return local_rank % visible
 
 
+def float32_as_published() -> None:
+    """Have this process compute float32 in full: by default, cuDNN takes TF32, of 10 bits, for it."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def peak_memory_gb() -> float:
+    """Return the most memory that was in use: of this process's GPU, or of the CPU, all that was resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
 def leave() -> None:
     """Take leave of the other processes."""
     if dist.is_initialized():
@@ -138,6 +151,11 @@ def rank() -> int:
 def world_size() -> int:
     """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def of_all_ranks(number: int) -> list[int]:
+    """Return the number that each rank has, in rank order."""
+    return torch.cat(gather(on_device(torch.tensor([number])))).tolist()
 
 
 def gather(rows: Tensor) -> list[Tensor]:

@@ -31,7 +31,7 @@ from simclr.loss import nt_xent
 from simclr.model import projector, resnet
 from simclr.optim import LARS, SCHEDULES, parameter_groups
 from simclr.stream import Batch
-from simclr.training_log import Log, peak_memory_gb, plot, write_csv
+from simclr.training_log import Log, plot, write_csv
 
 SAVE_SECONDS = 120  # between two rolling checkpoints
 UNIFORMITY_ROWS = 512  # projections of which uniformity is taken; all pairs of a large batch would cost time
@@ -64,8 +64,8 @@ def pretrain(
         results.workplace(work, run_of(config, dataset)) as folder,
         rolling.stop_signals() as signals,
     ):
-        # As published. (cuDNN's float32 is TF32 otherwise, of 10 bits.)
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
+        distributed.float32_as_published()
+        torch.backends.cudnn.benchmark = True
         job = Job(config, execution, dataset, device, folder)
         paths = datasets.samples(dataset, "train").paths
         steps_per_epoch = count_steps(job, len(paths))
@@ -481,7 +481,7 @@ def record(job: Job, state: dict[str, Any], steps: int, backbone: Path) -> resul
         seconds=seconds,
         gpu_hours=state["gpu_seconds"] / 3600,
         images_per_second=state["images_seen"] / seconds,
-        peak_memory_gb=peak_memory_gb(),
+        peak_memory_gb=distributed.peak_memory_gb(),
         software=results.software(),
         hardware=results.hardware(),
     )

@@ -146,6 +146,12 @@ def is_full(folder: Path, error: Exception) -> bool:
     return full or shutil.disk_usage(folder).free < 2**16
 
 
+def clear(folder: Path) -> None:
+    """Remove what processes left in `folder` that were killed within `replacing`."""
+    for part in folder.glob(".*.part"):
+        part.unlink()
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold `folder` for one run at a time; raises `BadInput` while another has it.
@@ -183,8 +189,7 @@ def workplace(work: Path, run: dict[str, Any]) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         if int(os.environ.get("RANK", 0)) == 0:
-            for left in folder.glob(".*.part"):
-                left.unlink()  # by a process that was killed while it wrote
+            clear(folder)
             with replacing(folder / "run.json") as part:
                 part.write_text(text)
         yield folder

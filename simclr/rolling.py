@@ -32,8 +32,13 @@ def save(folder: Path, step: int, run: dict[str, Any], state: dict[str, Any]) ->
     path = folder / f"checkpoint-{step:09d}.pt"
     with replacing(path) as part:
         torch.save({**state, "run": run, "step": step}, part)
-    checkpoints = sorted(folder.glob("checkpoint-*.pt"))
-    until = checkpoints.index(path) + 1
+    drop_others(path, "checkpoint-*.pt")
+
+
+def drop_others(newest: Path, pattern: str) -> None:
+    """Of the checkpoints in its folder, named by `pattern`, keep `newest` and the one before it alone."""
+    checkpoints = sorted(newest.parent.glob(pattern))
+    until = checkpoints.index(newest) + 1
     for each in [*checkpoints[: max(until - KEPT, 0)], *checkpoints[until:]]:
         each.unlink()
 
@@ -45,8 +50,7 @@ def newest(folder: Path, run: dict[str, Any]) -> dict[str, Any] | None:
     state of another run, naming what differs, and when the ranks do not find the same.
     """
     state = _newest(folder, run)
-    found = torch.tensor([state["step"] if state else 0])
-    steps = torch.cat(distributed.gather(distributed.on_device(found))).tolist()
+    steps = distributed.of_all_ranks(state["step"] if state else 0)
     if len(set(steps)) > 1:
         raise BadInput(
             f"{folder}: expected one state for all {len(steps)} processes, found those after steps "
@@ -133,7 +137,7 @@ def queued_again_in_time() -> Iterator[None]:
 
     For work that keeps its own checkpoints, perhaps in processes of its own, and goes on from the last one.
     """
-    if (left := slurm.seconds_left()) is None or left <= 0:
+    if not set_alarm():
         yield
         return
 
@@ -142,7 +146,6 @@ def queued_again_in_time() -> Iterator[None]:
         sys.exit(STOPPED)
 
     before = signal.signal(signal.SIGALRM, leave)
-    signal.alarm(math.ceil(left))
     try:
         yield
     finally:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from simclr import BadInput
 from simclr.datasets import CLASSES, Dataset, Samples, samples
 from simclr.paths import LABEL_SUFFIX, Members, Paths, again, encoded, key, scan, tar_name
-from simclr.results import locked, replacing
+from simclr.results import clear, locked, replacing
 
 MAX_SHARDS = 1000  # a reader keeps all of them open, and may by default open 1,024 files
 AHEAD = 256  # images read at a time, to hide the latency of a network file system
@@ -176,8 +176,7 @@ def _is_there(folder: Path, shard: Shard) -> bool:
 
 def _prepare(folder: Path, needed: int) -> None:
     """Remove what a killed run left half-written; raise `BadInput` unless `needed` bytes are free."""
-    for part in folder.glob(".*.part"):
-        part.unlink()
+    clear(folder)
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise BadInput(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tqdm import tqdm
 
 from simclr import distributed
@@ -72,7 +70,7 @@ class Log:
             "knn": knn[-1] if knn else None,
             "images_per_second": images / seconds,
             "data_wait": wait / seconds,
-            "memory_gb": peak_memory_gb(),
+            "memory_gb": distributed.peak_memory_gb(),
             **counts,
         }
 
@@ -116,13 +114,6 @@ def said(row: Row) -> str:
         if row[key]:
             text += f", {row[key]} {key.replace('_', ' ')}"
     return text
-
-
-def peak_memory_gb() -> float:
-    """Return the most memory that was in use: of this process's GPU, or of the CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def write_csv(rows: list[Row], path: Path) -> None:

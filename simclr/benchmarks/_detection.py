@@ -18,7 +18,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -31,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simclr import BadInput
-from simclr.results import locked, replacing, workplace
+from simclr.results import clear, locked, replacing, workplace
 
 if TYPE_CHECKING:
     from simclr.benchmarks.voc0712_detection import Config
@@ -335,8 +334,7 @@ def main(run: Callable[[Json], Json | None], arguments: list[str]) -> int:
         # The caller holds the folder above; an engine that outlives a killed caller still holds its own.
         with refusing(result.parent), locked(spec.parent):
             if int(os.environ.get("RANK", 0)) == 0:
-                for left in spec.parent.glob(".*.part"):
-                    left.unlink()  # by a process that was killed while it wrote
+                clear(spec.parent)
             outcome = run(json.loads(spec.read_text()))
     except BadInput:
         return 2
@@ -357,13 +355,6 @@ def refusing(folder: Path) -> Iterator[None]:
         raise
 
 
-def float32_as_published() -> None:
-    """Have this process compute float32 in full: by default, cuDNN takes TF32, of 10 bits, for it."""
-    import torch
-
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-
-
 class Clock:
     """Seconds of a training, those before it was resumed included: a part of its checkpoints."""
 
@@ -380,13 +371,12 @@ class Clock:
         self.before, self.began = state["seconds"], time.monotonic()
 
 
-def peak_memory_gb() -> float:
-    """Return the most memory that was in use: of this process's GPU, or of the CPU, all that was resident."""
-    import torch
+def rle(mask: np.ndarray) -> Json:
+    """Return a mask `(H, W)` of 0 and 1 as the run lengths that a result file holds."""
+    from pycocotools import mask as coco
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    found = coco.encode(np.asfortranarray(mask, np.uint8))
+    return {"size": found["size"], "counts": found["counts"].decode()}
 
 
 def usage(clock: Clock, seconds_per_iteration: float, processes: int) -> Json:
@@ -395,12 +385,14 @@ def usage(clock: Clock, seconds_per_iteration: float, processes: int) -> Json:
     """
     import torch
 
+    from simclr import distributed
+
     return {
         "processes": processes,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "seconds": clock.seconds(),
         "seconds_per_iteration": seconds_per_iteration,
-        "peak_memory_gb": peak_memory_gb(),
+        "peak_memory_gb": distributed.peak_memory_gb(),
     }
 
 

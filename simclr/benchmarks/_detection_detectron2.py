@@ -89,7 +89,9 @@ def refuse(architecture: str, detector: str) -> None:
 
 def worker(spec: Json) -> None:
     """Do the work of one process; the first one writes `detected.json` in the spec's folder."""
-    _detection.float32_as_published()
+    from simclr import distributed
+
+    distributed.float32_as_published()
     folder = Path(spec["folder"])
     with _detection.refusing(folder):  # a process that `launch` spawned cannot raise it to its parent
         try:
@@ -433,15 +435,12 @@ def make_collector() -> Any:
 
 def entries(instances: Any) -> list[Json]:
     """Return each detection of one image as the result file has it."""
-    from pycocotools import mask as coco
-
     columns = (instances.pred_classes, instances.pred_boxes.tensor, instances.scores)
     rows = zip(*(column.tolist() for column in columns), strict=True)
     found = [{"category_id": label, "bbox": box, "score": score} for label, box, score in rows]
     if instances.has("pred_masks"):
         for entry, mask in zip(found, instances.pred_masks.numpy(), strict=True):
-            rle = coco.encode(np.asfortranarray(mask, np.uint8))
-            entry["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+            entry["segmentation"] = _detection.rle(mask)
     return found
 
 

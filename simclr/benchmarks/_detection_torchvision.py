@@ -34,7 +34,14 @@ from torch.utils.data import DataLoader, Dataset
 from simclr import BadInput, checkpoint, datasets, rolling
 from simclr.benchmarks import _detection
 from simclr.benchmarks._detection_model import Detector, Res5, build, detector_key, not_empty, paste_mask
-from simclr.distributed import process_group, rank, sync_batchnorm, world_size
+from simclr.distributed import (
+    float32_as_published,
+    peak_memory_gb,
+    process_group,
+    rank,
+    sync_batchnorm,
+    world_size,
+)
 from simclr.results import replacing
 
 Json = dict[str, Any]
@@ -46,7 +53,7 @@ TRAINING, PRECISE_BN = 0, 1
 def run(spec: Json) -> Json | None:
     """Train and detect; return the result on the first process and None on the others."""
     with process_group() as device:
-        _detection.float32_as_published()
+        float32_as_published()
         folder = Path(spec["folder"])
         detector, load = make(spec, device)
         done = folder / "trained.pt"
@@ -373,7 +380,7 @@ class Progress:
         if rank() == 0:
             print(
                 f"iteration {done}/{self.iterations}  {values}  lr {lr:.2g}  "
-                f"{self.seconds_per_iteration:.2f} s/iteration  {_detection.peak_memory_gb():.1f} GB  "
+                f"{self.seconds_per_iteration:.2f} s/iteration  {peak_memory_gb():.1f} GB  "
                 f"{left} left",
                 file=sys.stderr,
                 flush=True,
@@ -466,14 +473,11 @@ def in_image(
 
 def entries(detection: dict[str, Any]) -> Iterator[Json]:
     """Yield each detection of one image as the result file has it."""
-    from pycocotools import mask as coco
-
     boxes, scores = detection["boxes"].tolist(), detection["scores"].tolist()
     for i, label in enumerate(detection["labels"].tolist()):
         entry = {"category_id": label - 1, "bbox": boxes[i], "score": scores[i]}
         if "masks" in detection:
-            rle = coco.encode(np.asfortranarray(detection["masks"][i].cpu().numpy(), np.uint8))
-            entry["segmentation"] = {"size": rle["size"], "counts": rle["counts"].decode()}
+            entry["segmentation"] = _detection.rle(detection["masks"][i].cpu().numpy())
         yield entry
 
 

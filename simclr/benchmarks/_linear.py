@@ -91,8 +91,8 @@ def at_work(work: Path, config: Training, backbone: Backbone, dataset: Dataset) 
         results.workplace(work, run) as folder,
         rolling.stop_signals() as signals,
     ):
-        # As published. (cuDNN's float32 is TF32 otherwise, of 10 bits.)
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = True, False
+        distributed.float32_as_published()
+        torch.backends.cudnn.benchmark = True
         yield Job(config, run, folder, device, signals)
 
 

@@ -12,7 +12,6 @@ import inspect
 import json
 import math
 import pickle
-import resource
 import sys
 import time
 import warnings
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
     from simclr.checkpoint import Backbone
     from simclr.datasets import Dataset
 
-KEPT = 2  # checkpoints: the newest, and one to fall back to
-
 
 class Job(NamedTuple):
     """A run on a machine."""
@@ -74,7 +71,7 @@ def evaluate(
     """
     run = inputs_of(backbone, dataset, config)
     with distributed.process_group() as device, results.workplace(work, run) as folder:
-        torch.backends.cudnn.allow_tf32 = False  # float32 as published; TF32 has 10 bits
+        distributed.float32_as_published()
         job = Job(config, dataset, run, folder, device)
         base = settings(config, backbone.architecture, dataset, folder, device.type)
         check_dataset(base, dataset)
@@ -127,14 +124,11 @@ class Cost(NamedTuple):
 
     def plus(self, seconds: float, device: torch.device) -> Cost:
         """Return the cost after so many seconds more, by all processes."""
-        cuda = device.type == "cuda"
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        if cuda:
-            memory = torch.cuda.max_memory_allocated(device)
+        gpus = distributed.world_size() if device.type == "cuda" else 0
         return Cost(
             self.seconds + seconds,
-            self.gpu_seconds + cuda * distributed.world_size() * seconds,
-            max(self.peak_memory_gb, memory / 1e9),
+            self.gpu_seconds + gpus * seconds,
+            max(self.peak_memory_gb, distributed.peak_memory_gb()),
         )
 
 
@@ -185,8 +179,7 @@ def newest_checkpoint(job: Job) -> Path | None:
     checkpoint of another run, naming what differs, and when the processes do not find the same.
     """
     path = _newest(job)
-    found = torch.tensor([int(path.stem.removeprefix("iter_")) if path else 0])
-    steps = torch.cat(distributed.gather(distributed.on_device(found))).tolist()
+    steps = distributed.of_all_ranks(int(path.stem.removeprefix("iter_")) if path else 0)
     if len(set(steps)) > 1:
         raise BadInput(
             f"{job.folder}: the processes found checkpoints of iterations {', '.join(map(str, steps))}; "
@@ -267,10 +260,7 @@ class Checkpoints(Hook):
         path = checkpoint_path(self.job.folder, iterations)
         with replacing(path) as part:
             runner.save_checkpoint(str(part.parent), part.name, by_epoch=False)
-        there = sorted(self.job.folder.glob("iter_*.pth"))
-        until = there.index(path) + 1
-        for each in [*there[: max(until - KEPT, 0)], *there[until:]]:  # the later ones are broken
-            each.unlink()
+        rolling.drop_others(path, "iter_*.pth")
 
 
 # ---------------------------------------------------------------- training

@@ -39,14 +39,11 @@ def models_from(source):
     return any_of(name for name, model in CONFIG.models.items() if model.source == source)
 
 
-def models_over_nodes():
-    """Return the expression for the models that are pretrained on several nodes."""
-    return any_of(name for name, model in CONFIG.models.items() if model.pretrain and model.nodes > 1)
-
-
-def models_on_one_node():
-    """Return the expression for the models that are pretrained on one node, or on the CPU."""
-    return any_of(name for name, model in CONFIG.models.items() if model.pretrain and model.nodes == 1)
+def models_pretrained(over_nodes):
+    """Return the expression for the models that are pretrained over several nodes, or for the others."""
+    return any_of(
+        name for name, model in CONFIG.models.items() if model.pretrain and (model.nodes > 1) == over_nodes
+    )
 
 
 wildcard_constraints:

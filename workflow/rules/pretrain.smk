@@ -18,11 +18,11 @@ rule pretrain:
     benchmark:
         "<results>/{model}/times/pretrain.tsv"
     wildcard_constraints:
-        model=models_on_one_node(),
+        model=models_pretrained(over_nodes=False),
     priority: 1  # the longest way to the page begins first
     conda:
         "../../envs/simclr.yaml"
-    threads: lambda wildcards: 8 * gpus(wildcards) or 4
+    threads: lambda wildcards: CORES_PER_GPU * gpus(wildcards) or 4
     resources:
         gpu=gpus,
         mem_mb=megabytes(3_000, per_gpu=16_000, gpus=gpus),
@@ -39,7 +39,7 @@ rule pretrain:
 
 use rule pretrain as pretrain_over_nodes with:
     wildcard_constraints:
-        model=models_over_nodes(),
+        model=models_pretrained(over_nodes=True),
     threads: CORES_PER_GPU
     resources:
         gres=lambda wildcards: f"gpu:{node_gpus(wildcards)}",

@@ -87,11 +87,17 @@ def in_page_order(jobs):
     return sorted((job for job in jobs if job.rule.log), key=lambda job: order.index(job.rule))
 
 
+@cache
+def plan():
+    """Return the plan of this run; a dry run says it twice."""
+    jobs = in_page_order(workflow.dag.needrun_jobs(exclude_finished=False))
+    return simclr.jobs.plan(map(planned, jobs))
+
+
 def with_plan(record):
     """Add the plan to what Snakemake says before a run, dry or not: its table of jobs."""
     if getattr(record, "event", None) == LogEvent.RUN_INFO:
-        jobs = in_page_order(workflow.dag.needrun_jobs(exclude_finished=False))
-        record.msg = f"{record.msg}\n{simclr.jobs.plan(map(planned, jobs))}\n"
+        record.msg = f"{record.msg}\n{plan()}\n"
     return True
 
 
@@ -136,9 +142,8 @@ def say_failures():
         cause = simclr.slurm.cause_of_death(slurm_log(job), job.rule.name, *limits)
         name = " ".join([job.rule.name, *job.wildcards_dict.values()])
         last = simclr.jobs.last_line(Path(job.log[0])) if job.log else None
-        logger.error(
-            f"{name} failed at attempt {job.attempt}: {cause or last or 'it did not start, for what Slurm said above'}; log: {', '.join(job.log)}"
-        )
+        why = cause or last or "it did not start, for what Slurm said above"
+        logger.error(f"{name} failed at attempt {job.attempt}: {why}; log: {', '.join(job.log)}")
 
 
 def say_summary():
@@ -149,7 +154,7 @@ def say_summary():
 
 
 def make_page():
-    """Make the page from the records that exist, with the reason for each that does not, and say where it lies.
+    """Make the page from the records that exist, unless a job did, with the reason for each that does not; say where.
 
     Not after a run that was for data alone.
     """
@@ -158,7 +163,8 @@ def make_page():
     records = [Path(path) for path in page_records() if os.path.exists(path)]
     page = CONFIG.output / "model_zoo.md"
     try:
-        simclr.model_zoo.model_zoo(records, CONFIG, Path("results/published.yaml"), page)
+        if not any(job.rule.name.startswith("model_zoo") for job in workflow.dag.finished_jobs):
+            simclr.model_zoo.model_zoo(records, CONFIG, Path("results/published.yaml"), page)
     except simclr.BadInput as error:
         logger.error(f"The page was not made: {error}")
     else:
