@@ -208,6 +208,21 @@ def test_a_dry_run_prints_the_plan_with_what_earlier_runs_took(clone):
     assert rows["total"][0] == str(sum(call.jobs().values()))
 
 
+def test_the_plan_takes_a_job_s_own_time_before_that_of_its_like(clone):
+    def change(content):
+        for name in ("second", "third", "fourth"):
+            content["models"][name] = {"random_init": {"architecture": "resnet18_w0.25"}, "gpus": 4}
+
+    arguments = edited(clone, change)
+    for model, seconds in (("second", 3600), ("third", 1800), ("fourth", 600)):
+        times = clone / f"results/demo/{model}/times"
+        times.mkdir(parents=True)
+        (times / "imagenet_knn.tsv").write_text(f"s\n{seconds}\n")
+    records = [f"results/demo/{model}/imagenet_knn.json" for model in ("second", "third", "fourth")]
+    call = snakemake(clone, "-n", *records, *arguments)
+    assert re.search(r"^imagenet_knn +3 +1 +1\.7 +1\.7 +earlier runs$", call.said, re.M), call.said
+
+
 def test_a_failed_job_leaves_a_page_that_says_why_and_a_summary(clone):
     def change(content):
         content["models"]["gone"] = {"gpus": 0, "import_checkpoint": {"path": "gone.pth"}}
@@ -301,7 +316,11 @@ def test_several_gpus_are_one_launch_with_a_process_each(clone):
 
 
 def test_several_nodes_are_one_srun_with_a_task_per_gpu(clone):
-    arguments = edited(clone, lambda content: content["models"]["simclr"].update(gpus=4, nodes=2))
+    def long(content, **machine):  # beyond the ten minutes that the profile gives where a rule says nothing
+        content["models"]["simclr"].update(machine)
+        content["models"]["simclr"]["pretrain"]["epochs"] = 100_000
+
+    arguments = edited(clone, lambda content: long(content, gpus=4, nodes=2))
     call = snakemake(clone, "--profile", "slurm", "-n", "-p", "imagenet_mhead", *arguments)
     assert call.status == 0, call.said
     (line,) = re.findall(r"^Shell command: (.*) -m simclr pretrain ", call.said, re.M)
@@ -310,7 +329,7 @@ def test_several_nodes_are_one_srun_with_a_task_per_gpu(clone):
     job = re.search(r"^rule pretrain_over_nodes:.*?resources: (.*?)$", call.said, re.M | re.S)[1]
     asked = "gres=gpu:2, nodes=2, tasks_per_node=2, tasks_per_gpu=0, cpus_per_task=8, mpi=srun"
     assert all(each in job for each in asked.split(", ")), job
-    alone = edited(clone, lambda content: content["models"]["simclr"].update(gpus=4))
+    alone = edited(clone, lambda content: long(content, gpus=4))
     call_alone = snakemake(clone, "--profile", "slurm", "-n", "imagenet_mhead", *alone)
     minutes = [
         re.search(r"runtime=(\d+)", each)[1] for each in (job, call_alone.said.partition("rule pretrain:")[2])
