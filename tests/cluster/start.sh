@@ -15,8 +15,8 @@ mkdir -p "${1:?start.sh DIR}"
 DIR=$(cd "$1" && pwd)
 NODES=(cn1 cn2 gn1 gn2)
 
-alive() { # alive DAEMON PROGRAM: whether it runs; its process id may have passed to another program
-  [ -s "$DIR/run/$1.pid" ] && [ "$(cat "/proc/$(cat "$DIR/run/$1.pid")/comm" 2>/dev/null)" = "$2" ]
+alive() { # alive DAEMON PROGRAM: whether it runs; its process id may have passed to another program, or to nobody
+  [ -s "$DIR/run/$1.pid" ] && [[ $(cat "/proc/$(cat "$DIR/run/$1.pid")/stat" 2>/dev/null) == *" ($2) "[!ZX]* ]]
 }
 
 free_ports() { # print the first of five ports in a row that nobody listens on

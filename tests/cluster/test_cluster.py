@@ -33,14 +33,16 @@ def test_each_node_has_its_name_its_processes_and_its_gpus(idle):
 
 def test_a_dead_node_comes_back_with_another_start(idle):
     idle.script("crash", "cn2")
-    until(lambda: not node_answers(idle, "cn2"), "the node is dead")
+    until(lambda: "Communication connection failure" in said_by(idle, "cn2"), "the node is dead")
     idle.script("start")
-    assert node_answers(idle, "cn2")
+    assert said_by(idle, "cn2").splitlines()[-1] == "cn2"
 
 
-def node_answers(cluster: Cluster, node: str) -> bool:
-    call = ["srun", "--immediate=2", "-p", "cpu", "-w", node, "true"]
-    return subprocess.run(call, env=cluster.environment, capture_output=True).returncode == 0
+def said_by(cluster: Cluster, node: str) -> str:
+    """Return what a job on the node says, or why it could not run, once it had its turn."""
+    call = ["srun", "--immediate=60", "-p", "cpu", "-w", node, "hostname"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.run(call, env=cluster.environment, text=True, **pipes).stdout
 
 
 def test_stop_leaves_nothing(slurm, tmp_path):

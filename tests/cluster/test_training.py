@@ -78,6 +78,7 @@ def test_a_training_goes_on_elsewhere_when_its_node_dies(idle, clone, configured
     arguments = (BACKBONE, *configured(pretraining(steps)))
     with running(idle, clone, *arguments, step_seconds=STEP, save_seconds=0) as run:
         job = trains(idle, clone, run)
+        until(lambda: list(clone.rglob("checkpoint-*.pt")), "a state is saved")
         node = idle("squeue", "-h", "-j", job, "-o", "%N")
         idle.script("crash", node)
         # Slurm notices by itself within a minute.
