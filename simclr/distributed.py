@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from simclr import BadInput
+from simclr import BadInput, devices
 
 
 @contextmanager
@@ -28,12 +27,11 @@ def process_group() -> Iterator[torch.device]:
     that are left when another has ended.
     """
     adopt_slurm_step()
-    refuse_cpu()
+    devices.refuse_cpu()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device(
-            "cuda", local_gpu(int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count())
-        )
+        local = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        device = torch.device("cuda", local_gpu(*local, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if launched:
@@ -54,41 +52,18 @@ def process_group() -> Iterator[torch.device]:
     leave()
 
 
-def refuse_cpu() -> None:
-    """Raise `BadInput` where Slurm or a user gave GPUs, of which torch sees none."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if given in ("", "-1", "NoDevFiles") or torch.cuda.is_available() or "SIMCLR_ALLOW_CPU" in os.environ:
-        return
-    build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"
-    raise BadInput(
-        f"expected the GPUs that CUDA_VISIBLE_DEVICES={given} names, found none: torch {torch.__version__} "
-        f"{build}; mend the driver or the installation, or work on the CPU: `gpus: 0`, or SIMCLR_ALLOW_CPU=1"
-    )
-
-
-def local_gpu(local_rank: int, visible: int) -> int:
+def local_gpu(local_rank: int, processes: int, visible: int) -> int:
     """Return which of the `visible` GPUs is this process's; raises `BadInput` when it would share one.
 
-    A task to which Slurm gave a GPU of its own sees that alone.
+    `processes` are those that see the same GPUs: those of `torchrun` on this node. A task of `srun` counts
+    alone, as Slurm may have given it a GPU of its own, which is then the only one that it sees.
     """
-    if visible > 1 and local_rank >= visible:
+    if processes > visible or (visible > 1 and local_rank >= visible):
         raise BadInput(
             f"expected a GPU for each process of this node, found process {local_rank} (from 0) and "
             f"{visible} GPUs; start as many processes per node as it has GPUs"
         )
     return local_rank % visible
-
-
-def float32_as_published() -> None:
-    """Have this process compute float32 in full: by default, cuDNN takes TF32, of 10 bits, for it."""
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-
-
-def peak_memory_gb() -> float:
-    """Return the most memory that was in use: of this process's GPU, or of the CPU, all that was resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def leave() -> None:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr import BadInput, datasets, distributed, online_knn, results, rolling, stream
+from simclr import BadInput, datasets, devices, distributed, online_knn, results, rolling, stream
 from simclr.augment import augment
 from simclr.checkpoint import save_backbone
 from simclr.config import Execution, Recipe
@@ -64,7 +64,7 @@ def pretrain(
         results.workplace(work, run_of(config, dataset)) as folder,
         rolling.stop_signals() as signals,
     ):
-        distributed.float32_as_published()
+        devices.float32_as_published()
         torch.backends.cudnn.benchmark = True
         job = Job(config, execution, dataset, device, folder)
         paths = datasets.samples(dataset, "train").paths
@@ -147,8 +147,7 @@ class Job(NamedTuple):
     @property
     def bfloat16(self) -> bool:
         """Whether the network computes in bfloat16: if the recipe says so and the GPU has it."""
-        on_gpu = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return self.config.precision == "bfloat16" and on_gpu
+        return devices.in_bfloat16(self.config.precision, self.device)
 
     @property
     def batch_norm_images(self) -> int:
@@ -481,7 +480,7 @@ def record(job: Job, state: dict[str, Any], steps: int, backbone: Path) -> resul
         seconds=seconds,
         gpu_hours=state["gpu_seconds"] / 3600,
         images_per_second=state["images_seen"] / seconds,
-        peak_memory_gb=distributed.peak_memory_gb(),
+        peak_memory_gb=devices.peak_memory_gb(),
         software=results.software(),
         hardware=results.hardware(),
     )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from simclr import distributed
+from simclr import devices, distributed
 from simclr.results import replacing
 
 ROWS = 1000  # of pretrain.csv, at most (and one more)
@@ -70,7 +70,7 @@ class Log:
             "knn": knn[-1] if knn else None,
             "images_per_second": images / seconds,
             "data_wait": wait / seconds,
-            "memory_gb": distributed.peak_memory_gb(),
+            "memory_gb": devices.peak_memory_gb(),
             **counts,
         }
 

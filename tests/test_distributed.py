@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from simclr import BadInput, distributed
+from simclr import BadInput, devices, distributed
 
 SIZES = [3, 1, 4]
 
@@ -133,13 +133,15 @@ def test_gpus_that_torch_does_not_see_are_not_replaced_by_the_cpu(monkeypatch, g
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
     if refused:
         with pytest.raises(BadInput, match=r"CUDA_VISIBLE_DEVICES=0,1 names, found none: torch .*gpus: 0"):
-            distributed.refuse_cpu()
+            devices.refuse_cpu()
         monkeypatch.setenv("SIMCLR_ALLOW_CPU", "1")
-    distributed.refuse_cpu()
+    devices.refuse_cpu()
 
 
 def test_no_two_processes_of_a_node_share_a_gpu():
-    assert [distributed.local_gpu(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
-    assert distributed.local_gpu(3, 1) == 0  # Slurm shows each task its own
-    with pytest.raises(BadInput, match=r"found process 4 .from 0. and 4 GPUs"):
-        distributed.local_gpu(4, 4)
+    assert [distributed.local_gpu(rank, 4, 4) for rank in range(4)] == [0, 1, 2, 3]
+    assert [distributed.local_gpu(rank, 1, 4) for rank in range(4)] == [0, 1, 2, 3]  # tasks that see them all
+    assert distributed.local_gpu(3, 1, 1) == 0  # a task to which Slurm shows its own
+    for rank, processes, visible in ((4, 1, 4), (0, 5, 4), (1, 2, 1)):
+        with pytest.raises(BadInput, match=rf"found process {rank} .from 0. and {visible} GPUs"):
+            distributed.local_gpu(rank, processes, visible)

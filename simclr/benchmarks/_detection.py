@@ -385,14 +385,14 @@ def usage(clock: Clock, seconds_per_iteration: float, processes: int) -> Json:
     """
     import torch
 
-    from simclr import distributed
+    from simclr import devices
 
     return {
         "processes": processes,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "seconds": clock.seconds(),
         "seconds_per_iteration": seconds_per_iteration,
-        "peak_memory_gb": distributed.peak_memory_gb(),
+        "peak_memory_gb": devices.peak_memory_gb(),
     }
 
 

@@ -89,9 +89,9 @@ def refuse(architecture: str, detector: str) -> None:
 
 def worker(spec: Json) -> None:
     """Do the work of one process; the first one writes `detected.json` in the spec's folder."""
-    from simclr import distributed
+    from simclr import devices
 
-    distributed.float32_as_published()
+    devices.float32_as_published()
     folder = Path(spec["folder"])
     with _detection.refusing(folder):  # a process that `launch` spawned cannot raise it to its parent
         try:

@@ -34,14 +34,8 @@ from torch.utils.data import DataLoader, Dataset
 from simclr import BadInput, checkpoint, datasets, rolling
 from simclr.benchmarks import _detection
 from simclr.benchmarks._detection_model import Detector, Res5, build, detector_key, not_empty, paste_mask
-from simclr.distributed import (
-    float32_as_published,
-    peak_memory_gb,
-    process_group,
-    rank,
-    sync_batchnorm,
-    world_size,
-)
+from simclr.devices import float32_as_published, peak_memory_gb
+from simclr.distributed import process_group, rank, sync_batchnorm, world_size
 from simclr.results import replacing
 
 Json = dict[str, Any]
@@ -66,10 +60,10 @@ def run(spec: Json) -> Json | None:
         trained["usage"]["test_seconds"] = time.monotonic() - began
         for path in folder.glob("checkpoint-*.pt") if rank() == 0 else ():
             path.unlink()
-    return None if detections is None else result(spec, load, trained, detections)
+    return None if detections is None else result(load, trained, detections)
 
 
-def result(spec: Json, load: Json, trained: Json, detections: list[Json]) -> Json:
+def result(load: Json, trained: Json, detections: list[Json]) -> Json:
     """Return what the result file holds."""
     return {
         "engine": "torchvision",

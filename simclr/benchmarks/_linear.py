@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from simclr import BadInput, distributed, results, rolling
+from simclr import BadInput, devices, distributed, results, rolling
 from simclr.benchmarks._images import (
     Images,
     Transform,
@@ -62,8 +62,7 @@ class Job(NamedTuple):
     @property
     def bfloat16(self) -> bool:
         """Whether the backbone computes in bfloat16: if the config says so and the GPU has it."""
-        on_gpu = self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return self.config.precision == "bfloat16" and on_gpu
+        return devices.in_bfloat16(self.config.precision, self.device)
 
     @property
     def machine(self) -> dict[str, Any]:
@@ -91,7 +90,7 @@ def at_work(work: Path, config: Training, backbone: Backbone, dataset: Dataset) 
         results.workplace(work, run) as folder,
         rolling.stop_signals() as signals,
     ):
-        distributed.float32_as_published()
+        devices.float32_as_published()
         torch.backends.cudnn.benchmark = True
         yield Job(config, run, folder, device, signals)
 

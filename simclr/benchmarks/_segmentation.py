@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from simclr import BadInput, distributed, results, rolling
+from simclr import BadInput, devices, distributed, results, rolling
 from simclr.benchmarks import _segmentation_sheet as sheet
 from simclr.benchmarks._mmseg import (
     DATASETS,
@@ -71,7 +71,7 @@ def evaluate(
     """
     run = inputs_of(backbone, dataset, config)
     with distributed.process_group() as device, results.workplace(work, run) as folder:
-        distributed.float32_as_published()
+        devices.float32_as_published()
         job = Job(config, dataset, run, folder, device)
         base = settings(config, backbone.architecture, dataset, folder, device.type)
         check_dataset(base, dataset)
@@ -128,7 +128,7 @@ class Cost(NamedTuple):
         return Cost(
             self.seconds + seconds,
             self.gpu_seconds + gpus * seconds,
-            max(self.peak_memory_gb, distributed.peak_memory_gb()),
+            max(self.peak_memory_gb, devices.peak_memory_gb()),
         )
 
 

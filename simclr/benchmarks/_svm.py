@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from simclr import devices
 from simclr.features import copied
 
 POSITIVE_WEIGHT = 2.0  # class weights 2 and 1: MMSelfSup v0.11.0, svm_voc07/tools/train_svm_kfold.py
@@ -83,11 +84,6 @@ class Leading(NamedTuple):
         return torch.cholesky_inverse(torch.linalg.cholesky(inner))
 
 
-def device() -> torch.device:
-    """Return the first GPU where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def in_parallel(
     function: Callable[[Item], Result], items: Iterable[Item], on: torch.device
 ) -> Iterator[Result]:
@@ -104,7 +100,7 @@ def in_parallel(
 
 def scaled(features: np.ndarray) -> Tensor:
     """Return `features` `(N, D)` in float64 as x / (‖x‖ + 1e-5): MMSelfSup v0.11.0, svm_helper.py."""
-    features = torch.from_numpy(copied(features, dtype="float64")).to(device())
+    features = torch.from_numpy(copied(features, dtype="float64")).to(devices.first())
     return features.div_(features.norm(dim=1, keepdim=True) + 1e-5)
 
 

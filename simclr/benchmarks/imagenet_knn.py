@@ -23,7 +23,6 @@ from simclr.protocol import Column, Metrics, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from torch import Tensor
     from tqdm import tqdm
 
@@ -37,6 +36,8 @@ COLUMNS = {
     "k100": Column("k=100"),
     "k200": Column("k=200"),
 }
+
+NOTE = "the published features are float32; similarities are computed in float32 from those of either type"
 
 LAYER = "avgpool"
 SPLITS = "train", "val"
@@ -222,7 +223,9 @@ def nearest(
     import torch
     from tqdm import tqdm
 
-    device = train.device if isinstance(train, torch.Tensor) else _device()
+    from simclr import devices
+
+    device = train.device if isinstance(train, torch.Tensor) else devices.first()
     tiles = tiles or tiling(len(train), *test.shape, k)
     bar = tqdm(
         total=len(train) * len(test),
@@ -240,12 +243,6 @@ def nearest(
             for part in _slices(len(queries), tiles.test_rows):
                 ranked, order = values[part].sort(dim=1, descending=True, stable=True)
                 yield ranked.cpu().numpy(), index[part].gather(1, order).cpu().numpy()
-
-
-def _device() -> torch.device:
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _slices(rows: int, size: int) -> list[slice]:
