@@ -147,32 +147,26 @@ def read_block(text: str, model: type[Any], option: str = "--config") -> Any:
 
     Raises `BadInput` when the text is none of these, the file has no such block, or it does not validate.
     """
-    from simclr.config import parse
+    from simclr.config import parse, read_yaml
 
     if text.lstrip().startswith("{"):
         try:
             return parse(model, json.loads(text), option)
         except json.JSONDecodeError as error:
             raise BadInput(f"{option}: expected JSON or FILE:BLOCK, found invalid JSON: {error}") from error
-    import yaml
-
-    where = text
-    file, _, keys = where.partition(":")
+    file, _, keys = text.partition(":")
     if not Path(file).is_file():
         raise BadInput(f"{option}: expected JSON, FILE or FILE:BLOCK; there is no file {file!r}")
     try:
-        text = Path(file).read_text()
         # YAML would take a JSON file with a comma too many for one that says less.
-        block = json.loads(text) if file.endswith(".json") else yaml.safe_load(text)
+        block = json.loads(Path(file).read_text()) if file.endswith(".json") else read_yaml(Path(file))
     except json.JSONDecodeError as error:
         raise BadInput(f"{option}: {file} is not valid JSON: {error}") from error
-    except yaml.YAMLError as error:
-        raise BadInput(f"{option}: {file} is not valid YAML: {' '.join(str(error).split())}") from error
     for key in filter(None, keys.split(".")):
         if not isinstance(block, dict) or key not in block:
             raise BadInput(f"{option}: {file} has no block {keys} (stopped at {key!r})")
         block = block[key]
-    return parse(model, block or {}, where)
+    return parse(model, block or {}, text)
 
 
 if __name__ == "__main__":

@@ -473,13 +473,17 @@ class _Loader(yaml.SafeLoader):
 
 def read(path: Path) -> Config:
     """Read and validate a config file; raises `BadInput` naming file, key, expectation and nearest key."""
+    return parse(Config, read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file says; raises `BadInput` for one that is not valid, or has a key twice."""
     try:
-        content = yaml.load(Path(path).read_bytes(), _Loader)
+        return yaml.load(Path(path).read_bytes(), _Loader)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise BadInput(f"{path}: no such config file; the repository has config/config.yaml") from error
     except yaml.YAMLError as error:
         raise BadInput(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    return parse(Config, content, str(path))
 
 
 def parse(model: type[Closed], content: Any, where: str) -> Any:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
+from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -29,9 +30,11 @@ from simclr.checkpoint import Backbone
 from simclr.config import FeatureSet
 from simclr.datasets import Dataset, Images, Samples, samples
 from simclr.model import ResNet, pool
-from simclr.results import DatasetStamp, locked, replacing, workplace
+from simclr.results import DatasetStamp, is_full, locked, replacing, workplace
 
 # ---------------------------------------------------------------- reading
+
+MADE = "transform", "pooling", "dtype"
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +78,22 @@ class Features:
         """SHA-256 of the backbone file that the features come from."""
         return self._stamp("checkpoint_sha256")
 
+    @property
+    def made(self) -> dict[str, Any]:
+        """How they were made: `transform`, `pooling` and `dtype`; nothing of features made in memory."""
+        return {key: self.manifest[key] for key in MADE if key in self.manifest}
+
     @cached_property
     def dataset(self) -> DatasetStamp:
         """The dataset that the images come from."""
-        return DatasetStamp.model_validate(self._stamp("dataset"))
+        try:
+            return DatasetStamp.model_validate(self._stamp("dataset"))
+        except ValidationError as error:
+            found = error.errors()[0]
+            key = ".".join(map(str, ["dataset", *found["loc"]]))
+            raise BadInput(
+                f"the manifest of these features: {key}: {found['msg']}; extract the features again"
+            ) from error
 
     def _stamp(self, key: str) -> Any:
         if key not in self.manifest:
@@ -97,6 +112,11 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise BadInput(f"{folder}: manifest.json is not valid JSON: {error}; {again}") from error
     if not isinstance(manifest, dict) or manifest.get("finished") is not True or "dims" not in manifest:
         raise BadInput(f"{folder}: half-written features (manifest.json does not say finished); {again}")
+    for key in ("dims", "dataset"):
+        if not isinstance(manifest.get(key, {}), dict):
+            raise BadInput(
+                f"{folder}: manifest.json: {key}: expected a mapping, found {manifest[key]!r}; {again}"
+            )
     return manifest
 
 
@@ -171,8 +191,8 @@ def check_splits(
                     f"{option} features have no {layer}, only {', '.join(features.layers)}; add it to "
                     f"features.{dataset}.layers and extract them again, or choose another layer"
                 )
-    for key in ("transform", "pooling", "dtype"):
-        ours, theirs = train.manifest.get(key), test.manifest.get(key)
+    for key in MADE:
+        ours, theirs = train.made.get(key), test.made.get(key)
         if ours != theirs:
             raise BadInput(
                 f"train and test features must have one {key}, but --train has {ours} and --test has "
@@ -410,19 +430,22 @@ def _prepare(folder: Path, dims: dict[str, int], rows: int, dtype: str) -> None:
 
 def _allocate(folder: Path, dims: dict[str, int], rows: int, dtype: str) -> None:
     """Create one `(rows, D)` array per layer, its space on disk reserved; raises `BadInput` if short."""
-    sizes = {name: rows * dim * np.dtype(dtype).itemsize for name, dim in dims.items()}
+    size = rows * sum(dims.values()) * np.dtype(dtype).itemsize
     free = shutil.disk_usage(folder).free
-    if sum(sizes.values()) > free:
-        raise BadInput(
-            f"{folder.resolve()}: {rows} images need {sum(sizes.values()) / 1e9:.1f} GB "
-            f"({', '.join(dims)} in {dtype}), but {free / 1e9:.1f} GB are free; choose fewer layers, "
-            "dtype: float16, or another disk"
-        )
-    for name, dim in dims.items():
-        path = folder / f"{name}.npy"
-        open_memmap(path, mode="w+", dtype=dtype, shape=(rows, dim))
-        with path.open("r+b") as file:  # a disk that fills up later would kill the process without a word
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    needed = f"{folder.resolve()}: {rows} images need {size / 1e9:.1f} GB ({', '.join(dims)} in {dtype})"
+    remedy = "choose fewer layers, dtype: float16, or another disk"
+    if size > free:
+        raise BadInput(f"{needed}, but {free / 1e9:.1f} GB are free; {remedy}")
+    try:
+        for name, dim in dims.items():
+            path = folder / f"{name}.npy"
+            open_memmap(path, mode="w+", dtype=dtype, shape=(rows, dim))
+            with path.open("r+b") as file:  # a disk that fills up later would kill the process without a word
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    except OSError as error:  # a quota, or another process has filled the disk meanwhile
+        if is_full(folder, error):
+            raise BadInput(f"{needed}, but the disk or the quota is used up; {remedy}") from error
+        raise
 
 
 def _mark(folder: Path, shard: range) -> Path:

@@ -7,17 +7,12 @@ import numpy as np
 from simclr import BadInput
 
 
-def topk_accuracy(scores: np.ndarray, labels: np.ndarray, k: int = 1) -> float:
-    """Return the share of rows whose label is among the `k` highest of `scores` `(N, C)`; `labels` `(N,)`.
-
-    Among equal scores the lower class ranks first, so the result does not depend on a sort. With `k ≥ C`
-    every row counts. Raises `BadInput` for NaN, or a label outside 0…C-1.
-    """
-    return float((label_rank(scores, labels) < k).mean())
-
-
 def label_rank(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the rank `(N,)`, from 0, of each row's label in `scores` `(N, C)`; see `topk_accuracy`."""
+    """Return the rank `(N,)`, from 0, of each row's label in `scores` `(N, C)`; `labels` is `(N,)`.
+
+    The share of ranks below k is the top-k accuracy. Among equal scores the lower class ranks first, so the
+    result does not depend on a sort. Raises `BadInput` for NaN, or a label outside 0…C-1.
+    """
     scores, labels = np.asarray(scores), np.asarray(labels)
     _check(scores, labels)
     classes = scores.shape[1]

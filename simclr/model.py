@@ -84,7 +84,6 @@ class ResNet(nn.Module):
         super().__init__()
         depth, width = parse_architecture(architecture)
         block, blocks = STAGES[depth]
-        self.architecture = architecture
         channels = [round(64 * width * 2**i) for i in range(4)]
         self.conv1 = nn.Conv2d(3, channels[0], 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(channels[0])

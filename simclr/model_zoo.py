@@ -380,6 +380,10 @@ def _protocol(record: results.Record) -> str:
         said.append(f"variant {record.config['variant']}")
     if "engine" in record.details:
         said.append(f"engine {record.details['engine']}")
+    if "features" in record.details:
+        made = record.details["features"]
+        cut = "{name} {resize} px, crop {crop}".format(**made["transform"])
+        said.append(f"features: {cut}, {made['pooling']} pooling, {made['dtype']}")
     if trials:
         said.append(f"± over {' or '.join(map(str, trials))} trials")
     said.append(

@@ -29,7 +29,6 @@ class Column(NamedTuple):
 
     heading: str
     unit: str = "%"
-    higher_is_better: bool = True
     format: str = "{:.2f}"
 
 

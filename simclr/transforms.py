@@ -177,34 +177,11 @@ def render(image: Image.Image, view: View, size: int) -> Image.Image:
     return image
 
 
-def random_resized_crop(
-    image: Image.Image,
-    size: int,
-    area: tuple[float, float],
-    ratio: tuple[float, float],
-    rng: np.random.Generator,
-) -> Image.Image:
-    """Crop what `draw_crop` draws, and resize it to `size` × `size`, bilinear."""
-    return _resized_crop(image, draw_crop(*image.size, area, ratio, rng), size)
-
-
 def _resized_crop(image: Image.Image, box: tuple[int, int, int, int], size: int) -> Image.Image:
-    """Crop before resizing: PIL's `resize(box=…)` would look at pixels beyond the crop."""
+    """Crop, then resize, bilinear: PIL's `resize(box=…)` would look at pixels beyond the crop."""
     left, top, width, height = box
     crop = image.crop((left, top, left + width, top + height))
     return crop.resize((size, size), Image.Resampling.BILINEAR)
-
-
-def color_jitter(
-    image: Image.Image,
-    brightness: float,
-    contrast: float,
-    saturation: float,
-    hue: float,
-    rng: np.random.Generator,
-) -> Image.Image:
-    """Change brightness, contrast, saturation (factors from 1 ± the argument) and hue, in random order."""
-    return _jittered(image, draw_jitter(brightness, contrast, saturation, hue, rng))
 
 
 def _jittered(image: Image.Image, jitter: Jitter) -> Image.Image:

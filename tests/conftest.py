@@ -1,17 +1,35 @@
-"""What the tests share: the miniature datasets, made once per run, and openers for them."""
+"""What the tests share: the miniature datasets, made once per run, and openers for them.
+
+Tests that are marked `gpu` run with `pytest -m gpu`. Without it every test is on the CPU, also where there
+is a GPU: there, two runs of one training are equal bit for bit.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from simclr import config, datasets, demo
 
 DEMO_CONFIG = Path(__file__).parent.parent / "config/demo.yaml"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a GPU; run with `pytest -m gpu`")
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and pytest -m gpu"))
 
 
 @pytest.fixture(scope="session")

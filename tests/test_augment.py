@@ -298,7 +298,7 @@ def test_no_pixel_is_waited_for(monkeypatch):
     assert augment(crops.to("meta"), rows).shape == crops.shape
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_gives_the_same_views_and_is_not_waited_for():
     crops, rows = _crops(200), parameters(*_draws(200))
     on_gpu = crops.cuda()

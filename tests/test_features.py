@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -224,6 +225,18 @@ def test_a_disk_that_is_too_small_is_seen_before(backbone, dataset, tmp_path, mo
     assert message.startswith(f"{tmp_path}/work/")
     assert ": 11 images need 0.0 GB (feature1, feature2" in message
     assert "dtype: float16" in message
+
+
+def test_a_quota_that_is_used_up_is_said(backbone, dataset, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    message = refusal(backbone, dataset, "train", CONFIG, tmp_path / "work", tmp_path / "f")
+    assert ": 11 images need 0.0 GB (feature1, feature2" in message
+    assert "but the disk or the quota is used up; choose fewer layers" in message
+    monkeypatch.undo()
+    extract(backbone, dataset, "train", CONFIG, tmp_path / "work", tmp_path / "f")
 
 
 def test_only_features_are_replaced(backbone, dataset, tmp_path):

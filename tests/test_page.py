@@ -240,6 +240,19 @@ def test_the_engine_is_named(tmp_path):
     assert "engine torchvision" in made(tmp_path, a_config("a", voc0712_detection={}), record)
 
 
+def test_the_features_are_named(tmp_path):
+    transform = {"name": "center_crop", "resize": 256, "crop": 224, "mean": [0] * 3, "std": [1] * 3}
+    features = {"transform": transform, "pooling": "specified", "dtype": "float16"}
+    page = made(
+        tmp_path,
+        a_config("a", imagenet_knn={}),
+        a_record("a", "imagenet_knn", KNN, details={"features": features}),
+    )
+    made_so = "features: center_crop 256 px, crop 224, specified pooling, float16"
+    assert made_so in page.replace("\\_", "_")
+    assert "imagenet_knn: the published features are float32" in page.replace("\\_", "_")
+
+
 def coco(variant):
     config = load("coco2017_detection").Config(variant=variant).model_dump(mode="json")
     metrics = {"box_ap": 38.0, "box_ap50": 58.0, "box_ap75": 42.0}

@@ -315,6 +315,14 @@ def test_several_gpus_are_one_launch_with_a_process_each(clone):
     assert alone == "CUDA_VISIBLE_DEVICES= python"
 
 
+def test_the_svms_ask_for_no_gpu_and_see_none(clone):
+    arguments = edited(clone, lambda content: content["models"]["simclr"].update(gpus=1))
+    said = snakemake(clone, "-n", "-p", "voc07_lowshot", *arguments).said
+    for name in ("voc07_svm", "voc07_lowshot"):
+        found = re.findall(rf"^Shell command: (.*) -m simclr {name} ", said, re.M)
+        assert found == ["CUDA_VISIBLE_DEVICES= python"] * 2
+
+
 def test_several_nodes_are_one_srun_with_a_task_per_gpu(clone):
     def long(content, **machine):  # beyond the ten minutes that the profile gives where a rule says nothing
         content["models"]["simclr"].update(machine)
@@ -407,6 +415,14 @@ def test_model_zoo_writes_the_page_from_no_record_at_all(clone):
 
 
 # ---------------------------------------------------------------- bad input
+
+
+def test_a_key_that_stands_twice_ends_before_any_job(clone):
+    file = clone / "config/edited.yaml"
+    file.write_text((clone / "config/demo.yaml").read_text() + "output: results/other\n")
+    call = snakemake(clone, "-n", "all", "--configfile", "config/edited.yaml")
+    assert call.status == 1
+    assert "config/edited.yaml: not valid YAML: the key output stands twice in one block" in call.said
 
 
 @pytest.mark.parametrize(

@@ -43,15 +43,19 @@ def run(name: str, model: str, config: Any, output: Path, inputs: dict[str, Any]
     """Evaluate one benchmark on opened `inputs` and write its record to `output`, whole or not at all.
 
     `config` is the benchmark's `Config`. Raises `BadInput` when two inputs come from different checkpoints,
-    or when a metric is not a finite number: a failure is never written as a value.
+    when `output` is a folder, or when a metric is not a finite number: a failure is never written as a value.
     """
     from simclr import results
 
+    if output.is_dir():
+        raise BadInput(f"--output: expected a file to write, found the folder {output}; name a file in it")
     checkpoint, dataset = results.provenance(inputs)
     started = time.monotonic()
     metrics = load(name).evaluate(**inputs, config=config)
     if int(os.environ.get("RANK", 0)) > 0:  # under torchrun the first process writes
         return
+    made = next((value.made for value in inputs.values() if hasattr(value, "made")), None)
+    details = metrics.details | ({"features": made} if made else {})
     for key, value in [*metrics.items(), *metrics.spread.items()]:
         if not math.isfinite(value):
             raise BadInput(
@@ -67,7 +71,7 @@ def run(name: str, model: str, config: Any, output: Path, inputs: dict[str, Any]
                 key: results.Spread(std=std, trials=metrics.trials[key])
                 for key, std in metrics.spread.items()
             },
-            details=metrics.details,
+            details=details,
             config=config.model_dump(mode="json"),
             checkpoint_sha256=checkpoint,
             dataset=dataset,

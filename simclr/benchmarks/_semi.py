@@ -46,8 +46,17 @@ def labelled_subset(dataset: Dataset, train: Samples, percent: int, config: Conf
         )
         check_labels(subset, dataset.classes, where)
         check_balanced(subset, dataset.classes, where)
+        check_size(subset, len(train) * percent / 100, dataset.classes, where)
         return subset
     return choose(train, draw(train.labels, dataset.classes, percent, config.seed))
+
+
+def check_size(subset: Samples, expected: float, classes: int, where: str) -> None:
+    """Raise `BadInput` unless `subset` has the `expected` number of images, rounded for each class."""
+    if abs(len(subset) - expected) >= classes:
+        raise BadInput(
+            f"{where}: expected about {expected:.0f} images, found {len(subset)}; fetch the list again"
+        )
 
 
 def check_balanced(subset: Samples, classes: int, where: str) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 
 from simclr.benchmarks._training import Training
 from simclr.protocol import Column, Metrics
@@ -50,10 +50,10 @@ class Config(Training):
         description="Share of each class's labelled images, at least one, on which the cell of the grid is "
         "chosen (our own; the published choice was made on the val split).",
     )
-    lrs: tuple[float, ...] = Field(
+    lrs: tuple[PositiveFloat, ...] = Field(
         (0.1, 0.01, 0.001), min_length=1, description="Grid: learning rates of the backbone (OpenSelfSup)."
     )
-    head_multipliers: tuple[float, ...] = Field(
+    head_multipliers: tuple[PositiveFloat, ...] = Field(
         (1, 10, 100),
         min_length=1,
         description="Grid: the classifier's learning rate as a multiple of the backbone's (OpenSelfSup).",
@@ -79,8 +79,8 @@ def evaluate(
     Details hold, for each, where the subset comes from, its hash, the held-out accuracy of every cell of the
     grid (null: the training diverged), and the chosen cell. `work` holds the state of every fine-tuning;
     `curve` is the CSV file of the two chosen ones' learning curves, with a picture beside it. Raises
-    `BadInput` for another dataset, when a subset's list is missing or not balanced, when every cell diverges,
-    or while another run uses the same state.
+    `BadInput` for another dataset, when a subset's list is missing, not of its size or not balanced, when
+    every cell diverges, or while another run uses the same state.
     """
     from functools import partial
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from itertools import chain
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt
 
@@ -54,8 +54,6 @@ class Config(voc07_svm.Config):
 
     `folds` serve that too, and the cross-validation within a draw, which the published protocol has not.
     """
-
-    dataset: ClassVar[str] = "voc2007"
 
     layer: Literal["best"] | voc07_svm.Layer = Field(
         "best", description="best: the layer that voc07_svm reports as best; or the layer's name."

@@ -42,11 +42,11 @@ class Config(Protocol):
         min_length=1,
         description="Layers that compete; the one with the highest mAP on test is reported.",
     )
-    costs: list[Annotated[float, Field(gt=0, le=1e4)]] = Field(
+    costs: list[Annotated[float, Field(gt=0, le=1e3)]] = Field(
         [1.0, 10.0, 100.0, *(0.5**power for power in range(4, 20))],
         min_length=1,
         description="Costs C of the SVM, in the order in which ties are broken: the first wins "
-        "(MMSelfSup svm_helper.parse_cost_list: 1, 10, 100 and the powers 0.5⁴ … 0.5¹⁹). Up to 10⁴: beyond, "
+        "(MMSelfSup svm_helper.parse_cost_list: 1, 10, 100 and the powers 0.5⁴ … 0.5¹⁹). Up to 1000: beyond, "
         "rounding keeps the solver from its tolerance.",
     )
     folds: int = Field(

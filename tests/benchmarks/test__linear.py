@@ -120,7 +120,7 @@ def test_bfloat16_is_only_for_gpus_and_is_recorded(tmp_path):
         assert not on_gpu._replace(config=CONFIG).bfloat16
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_gives_the_features_of_the_cpu(network):
     backbone, images = SimpleNamespace(model=lambda: network), torch.randn(4, 3, 64, 64)
     on_gpu = _linear.frozen_backbone(backbone, torch.device("cuda"), bfloat16=False)
@@ -302,7 +302,7 @@ def _run(config, backbone, manifest, folder, die_at=None, number=None, environme
         check(losses, step, optimizer)
 
     _linear.check_finite = dying
-    module = imagenet_mhead if isinstance(config, imagenet_mhead.Config) else imagenet_linear
+    module = sys.modules[type(config).__module__]
     paths = folder / "work", folder / "curve.csv"
     metrics = module.evaluate(Backbone.open(backbone), Dataset.open(manifest), config, *paths)
     if distributed.rank() == 0:

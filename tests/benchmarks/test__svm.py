@@ -75,7 +75,7 @@ KINDS = ["tall", "wide", "rank deficient", "duplicate rows", "zero rows", "one p
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_highest_cost_allowed_converges(kind):
-    (found,) = problems_of(*problem(kind)).path([1e4])
+    (found,) = problems_of(*problem(kind)).path([1e3])
     assert found.gap.max() <= 1e-12
 
 
@@ -113,6 +113,18 @@ def test_random_problems_equal_liblinear(seed, monkeypatch):
             kept = signs[at] != 0
             expected = fit(found.cost, rows[at[0]][kept], signs[at][kept]).decision_function(rows[at[0]])
             np.testing.assert_allclose(found.scores[at], expected, rtol=0, atol=1e-7 * np.abs(expected).max())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_gpu_solves_as_the_cpu_does(kind):
+    rows, signs = problem(kind)
+    kernel = kernel_of(rows).cuda()
+    on_gpu = _svm.Problems(kernel[None], signs.T[None], _svm.leading(kernel)).path(COSTS)
+    for found, expected in zip(on_gpu, problems_of(rows, signs).path(COSTS), strict=True):
+        scale = float(expected.scores.abs().max())
+        np.testing.assert_allclose(found.scores.cpu(), expected.scores, rtol=0, atol=1e-5 * scale)
+        assert found.gap.max() <= 1e-12
 
 
 def test_groups_are_solved_as_if_alone():
@@ -233,7 +245,7 @@ def test_every_solution_is_within_its_certificate(kind):
     rows, signs = hard(duplicates=True) if kind == "hard" else problem(kind)
     signs[5::7, 0] = 0
     images = np.concatenate([rows, np.ones((len(rows), 1))], axis=1).astype(np.longdouble)
-    for found in problems_of(rows, signs).path(COSTS):
+    for found in problems_of(rows, signs).path([*COSTS, 1e3]):  # the highest that a config may have
         for column, (labels, coefficients) in enumerate(zip(signs.T, found.coefficients[0], strict=True)):
             kept, w = labels != 0, images.T @ coefficients.numpy().astype(np.longdouble)
             x, y, cost = images[kept], labels[kept], found.cost * np.where(labels[kept] > 0, 2, 1)

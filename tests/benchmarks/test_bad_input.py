@@ -33,6 +33,7 @@ CONFIGS = {
     "voc07_svm": {"layers": ["feature4", "feature5"], "costs": [1]},
     "voc07_lowshot": {"layers": ["feature4", "feature5"], "costs": [1], "shots": [1, 4], "negatives": 2},
 }
+TRANSFORM = {"name": "center_crop", "resize": 64, "crop": 48}
 WIDTHS = {"imagenet": {"avgpool": 6}, "voc2007": {"feature4": 6, "feature5": 8}}
 
 
@@ -50,6 +51,9 @@ def write_features(folder: Path, dataset: str, split: str, seed: int) -> Path:
         "split": split,
         "classes": 3,
         "dims": WIDTHS[dataset],
+        "transform": TRANSFORM,
+        "pooling": "adaptive",
+        "dtype": "float16",
         "finished": True,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -107,7 +111,9 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("benchmark", SPLITS)
 def test_good_features_give_a_record(benchmark, folder):
     assert status(benchmark, folder) == 0
-    assert results.read(folder / "m/record.json").benchmark == benchmark
+    record = results.read(folder / "m/record.json")
+    assert record.benchmark == benchmark
+    assert record.details["features"] == {"pooling": "adaptive", "dtype": "float16", "transform": TRANSFORM}
     assert [path.name for path in (folder / "m").iterdir()] == ["record.json"]
 
 
@@ -132,6 +138,30 @@ def test_features_that_are_damaged_are_refused(benchmark, split, array, change, 
     damaged = folder / f"{dataset}-{SPLITS[benchmark][split]}"
     rewrite(damaged, layer if array == "layer" else array, change)
     assert re.match(f"{damaged}: .*{message.format(layer=layer)}", refused(capsys, benchmark, folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dims": [6]}, "dims: expected a mapping, found [6]; delete it and run `snakemake {}`"),
+        ({"dataset": None}, "dataset: expected a mapping, found None; delete it and run `snakemake {}`"),
+        (
+            {"dataset": {"name": "imagenet", "manifest_sha256": "b"}},
+            "dataset.manifest_sha256: String should match pattern",
+        ),
+    ],
+)
+def test_features_of_a_damaged_manifest_are_refused(change, message, folder, capsys):
+    damaged = folder / "imagenet-val"
+    manifest = json.loads((damaged / "manifest.json").read_text()) | change
+    (damaged / "manifest.json").write_text(json.dumps(manifest))
+    assert message.format(damaged) in refused(capsys, "imagenet_knn", folder)
+
+
+def test_a_folder_as_the_record_is_refused(folder, capsys):
+    (folder / "m/record.json").mkdir(parents=True)
+    assert status("imagenet_knn", folder) == 2
+    assert f"expected a file to write, found the folder {folder}/m/record.json" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("benchmark", SPLITS)

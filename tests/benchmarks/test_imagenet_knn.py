@@ -257,6 +257,28 @@ def test_the_published_protocol_is_the_default():
     assert list(imagenet_knn.COLUMNS) == [f"k{k}" for k in Config().neighbours]
 
 
+def test_gpus_that_are_not_there_are_not_replaced_by_the_cpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BadInput, match="expected the GPUs that CUDA_VISIBLE_DEVICES=0 names, found none"):
+        evaluate(*gaussian(0), Config(neighbours=[3]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("k", [1, 10, 300])
+def test_a_gpu_finds_the_neighbours_of_the_cpu(k):
+    """Of images whose similarities are exact in float32, so that equal ones tie on both."""
+    random = np.random.default_rng(0)
+    rows = np.zeros((2_500, 64), np.float16)
+    for row in rows:
+        row[random.choice(64, 4, replace=False)] = random.choice([-1, 1], 4)
+    train, test = rows[:2_000], rows[2_000:]
+    on_cpu = nearest(*(torch.from_numpy(of) for of in (train, test)), k)
+    for found, expected in zip(nearest(train, test, k), on_cpu, strict=True):
+        for of_gpu, of_cpu in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(of_gpu, of_cpu)
+
+
 def test_bad_input_is_refused():
     train, test = gaussian(0)
     with pytest.raises(BadInput, match="k = 61 neighbours are more than the 60 training images"):

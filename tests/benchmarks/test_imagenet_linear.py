@@ -55,7 +55,8 @@ def test_the_head_begins_as_published():
     assert not head.bias.any()
 
 
-def test_evaluation_equals_plain_full_batches(few_images, small_backbone, tmp_path):
+@pytest.mark.parametrize("on", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_evaluation_equals_plain_full_batches(on, few_images, small_backbone, tmp_path):
     """Features of the whole batch at once, LARS on weight and bias, cosine per epoch, written out."""
     dataset = few_images(5, 4)
     found = imagenet_linear.evaluate(small_backbone, dataset, MINIATURE, tmp_path)

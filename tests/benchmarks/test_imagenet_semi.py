@@ -4,11 +4,14 @@ import json
 import shutil
 import signal
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
+from test__linear import exit_status, start, start_ranks
 
 from simclr import BadInput, rolling
 from simclr.benchmarks import _images, _linear, _semi, imagenet_semi
@@ -190,11 +193,32 @@ def test_the_published_list_is_used(monkeypatch):
     asked = []
     monkeypatch.setattr(_semi.datasets, "subset", lambda dataset, name: asked.append(name) or subset)
     dataset = SimpleNamespace(name="imagenet", classes=2)
-    found = _semi.labelled_subset(dataset, None, 10, imagenet_semi.Config())
+    found = _semi.labelled_subset(dataset, range(20), 10, imagenet_semi.Config())
     assert found is subset
     assert asked == ["train_10percent"]
     with pytest.raises(BadInput, match="expected labels 0…0, found 1"):
-        _semi.labelled_subset(SimpleNamespace(name="imagenet", classes=1), None, 1, imagenet_semi.Config())
+        _semi.labelled_subset(SimpleNamespace(name="imagenet", classes=1), [], 1, imagenet_semi.Config())
+    with pytest.raises(
+        BadInput, match="imagenet 1 % list: expected about 20 images, found 2; fetch the list"
+    ):
+        _semi.labelled_subset(dataset, range(2000), 1, imagenet_semi.Config())
+
+
+@pytest.mark.parametrize(
+    ("images", "refused"), [(12_811, False), (11_900, False), (11_000, True), (128_116, True)]
+)
+def test_a_list_of_another_size_is_refused(images, refused):
+    """Up to one image of each class more or less, as a list may round for each class."""
+    files = Samples(np.arange(images), np.arange(images) % 1000)
+    refusal = pytest.raises(BadInput, match=f"expected about 12812 images, found {images}")
+    with refusal if refused else nullcontext():
+        _semi.check_size(files, 1_281_167 / 100, 1000, "imagenet 1 % list")
+
+
+@pytest.mark.parametrize("grid", [{"lrs": [0.0]}, {"lrs": [0.1, -0.1]}, {"head_multipliers": [0]}])
+def test_rates_that_train_nothing_or_away_are_refused(grid):
+    with pytest.raises(ValidationError, match="greater than 0"):
+        imagenet_semi.Config(**grid)
 
 
 def test_each_share_of_the_labels_has_its_own_subset_and_weight_decay(
@@ -225,7 +249,7 @@ def test_a_list_that_is_not_balanced_or_names_an_image_twice_is_refused():
 
 
 def test_the_miniature_runs(dataset, small_backbone, tmp_path):
-    """With the lists of the miniature, of 20 and 280 images."""
+    """With the lists of the miniature, of 28 and 280 images."""
     imagenet = dataset("imagenet")
     config = MINIATURE.model_copy(update={"subsets": "listed", "epochs": 1, "batch_size": 64})
     train, val = train_and_val(imagenet, config)
@@ -245,3 +269,19 @@ def test_the_miniature_runs(dataset, small_backbone, tmp_path):
     header = "epoch,lr_1percent,lr_10percent,loss_1percent,loss_10percent"
     assert (tmp_path / "curve.csv").read_text().splitlines()[0] == header
     assert (tmp_path / "curve.png").exists()
+
+
+def test_two_processes_fine_tune_as_one(dataset, small_backbone, tmp_path):
+    """Compared on the short fine-tuning: a training with BatchNorm over few images magnifies rounding."""
+    short = {"lrs": (0.01,), "head_multipliers": (1,), "epochs": 1, "milestones": ()}
+    config = MINIATURE.model_copy(update={"subsets": "listed", **short})
+    one, two = tmp_path / "one", tmp_path / "two"
+    arguments = config, small_backbone.path, dataset("imagenet").manifest
+    assert [exit_status(each) for each in [start(*arguments, one), *start_ranks(*arguments, two)]] == [0] * 3
+    found, expected = (json.loads((folder / "metrics.json").read_text())[1] for folder in (two, one))
+    assert (found["processes"], expected["processes"]) == (2, 1)
+    for key in ("subset_sha256", "images", "held_out_images"):
+        assert found["1percent"][key] == expected["1percent"][key]
+        assert found["10percent"][key] == expected["10percent"][key]
+    losses = [np.loadtxt(folder / "curve.csv", delimiter=",", skiprows=1)[3] for folder in (one, two)]
+    np.testing.assert_allclose(*losses, rtol=1e-6)

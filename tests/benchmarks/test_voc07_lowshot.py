@@ -39,7 +39,8 @@ def published(train, test, config):
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
-def test_equals_the_published_scripts():
+@pytest.mark.parametrize("on", ["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def test_equals_the_published_scripts(on):
     train, test, config = voc(1, 60, 12), voc(2, 40, 12), Config(**SMALL)
     found = evaluate(train, test, config)
     tested, validated = published(train, test, config)

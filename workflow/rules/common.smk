@@ -16,6 +16,8 @@ if not workflow.overwrite_configfiles:
 
 config_files = ", ".join(map(os.path.relpath, workflow.configfiles))
 try:
+    for file in workflow.configfiles:
+        simclr.config.read_yaml(file)  # Snakemake takes the last of two equal keys in silence
     CONFIG = simclr.config.parse(simclr.config.Config, config, config_files)
 except simclr.BadInput as error:
     raise WorkflowError(str(error))
@@ -104,10 +106,8 @@ def records(name):
 
 def section(name):
     """Return the section of the report that shows this, numbered as the report sorts by name."""
-    headings = ["The page", "Pretraining", *(heading for heading, _ in simclr.model_zoo.sections())]
-    shown = [{"page"}, {"pretrain"}, *(set(names) for _, names in simclr.model_zoo.sections())]
-    number = next(i for i, names in enumerate(shown) if name in names)
-    return f"{number:02} {headings[number]}"
+    shown = [("The page", ["page"]), ("Pretraining", ["pretrain"]), *simclr.model_zoo.sections()]
+    return next(f"{number:02} {heading}" for number, (heading, names) in enumerate(shown) if name in names)
 
 
 def reported(name, path, result):

@@ -22,7 +22,7 @@ rule convert_backbone:
         "../../envs/{format}.yaml"
     resources:
         mem_mb=megabytes(3_000),
-        runtime=minutes(0, per_second=1),
+        runtime=minutes(),
     shell:
         "python -m simclr convert --backbone {input.backbone} --format {wildcards.format}"
         " --output {output.weights} > {log} 2>&1"

@@ -13,7 +13,7 @@ if CONFIG.demo_data:
             "../../envs/simclr.yaml"
         resources:
             mem_mb=megabytes(2_000),
-            runtime=minutes(0, per_second=1),
+            runtime=minutes(),
         params:
             folder=lambda wildcards, output: os.path.dirname(output[0]),
         shell:

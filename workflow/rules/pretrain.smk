@@ -22,7 +22,7 @@ rule pretrain:
     priority: 1  # the longest way to the page begins first
     conda:
         "../../envs/simclr.yaml"
-    threads: lambda wildcards: CORES_PER_GPU * gpus(wildcards) or 4
+    threads: lambda wildcards: CORES_PER_GPU * gpus(wildcards) or HALF_THE_CORES
     resources:
         gpu=gpus,
         mem_mb=megabytes(3_000, per_gpu=16_000, gpus=gpus),
@@ -71,7 +71,7 @@ rule import_checkpoint:
         "../../envs/simclr.yaml"
     resources:
         mem_mb=megabytes(3_000),
-        runtime=minutes(0, per_second=1),
+        runtime=minutes(),
     params:
         config=source_block,
     shell:
@@ -92,7 +92,7 @@ rule random_init:
         "../../envs/simclr.yaml"
     resources:
         mem_mb=megabytes(2_000),
-        runtime=minutes(0, per_second=1),
+        runtime=minutes(),
     params:
         config=source_block,
     shell:

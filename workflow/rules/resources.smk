@@ -10,6 +10,7 @@ from snakemake_executor_plugin_slurm.partitions import read_partition_file
 PARTITIONS = Path(os.environ.get("SNAKEMAKE_SLURM_PARTITIONS", "workflow/profiles/slurm/partitions.yaml"))
 SITE = [partition.limits for partition in read_partition_file(PARTITIONS)] if PARTITIONS.is_file() else []
 CORES_PER_GPU = 8  # most of them to decode images; on Slurm `cpus_per_gpu` of the profile counts
+HALF_THE_CORES = max(1, min(4, (workflow.cores or 8) // 2))  # for a training on the CPU, beside other jobs
 CPU = 0.01  # of the speed of a GPU
 DEPTH = {18: 0.44, 34: 0.9, 50: 1.0}  # operations of a ResNet for an image, those of ResNet-50 being 1
 
@@ -81,7 +82,7 @@ def megabytes(fixed, per_gpu=0, gpus=no_gpu):
     return asked
 
 
-def minutes(images, per_second, gpus=None):
+def minutes(images=0, per_second=1, gpus=None):
     """Return a function of the job: the minutes that so many images take, and ten for everything else.
 
     More with every attempt, within the site's limit; all of them, whatever the limit, for attempt 0. Where `gpus`
