@@ -23,7 +23,8 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from simclr import BadInput
-from simclr.datasets import VOC_CLASSES, VOID
+from simclr.datasets import VOID
+from simclr.layouts import VOC_CLASSES
 
 VERSION = 4  # raise it when the bytes change
 FINISHED = "demo.json"  # written last

@@ -22,7 +22,8 @@ import numpy as np
 from tqdm import tqdm
 
 from simclr import BadInput
-from simclr.datasets import CLASSES, Dataset, Samples, samples
+from simclr.datasets import Dataset, Samples, samples
+from simclr.layouts import CLASSES
 from simclr.paths import LABEL_SUFFIX, Members, Paths, again, encoded, key, scan, tar_name
 from simclr.results import clear, locked, replacing
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 
-from simclr import BadInput, config, datasets
+from simclr import BadInput, config, datasets, layouts
 from simclr.__main__ import main, sentence
 
 # ---------------------------------------------------------------- a tiny ImageNet
@@ -112,7 +112,7 @@ def test_voc2007_labels_equal_those_counted_in_the_annotations(dataset):
                 flags = [difficult for each, difficult in found if each == name]
                 assert label == (0 if not flags else 1 if "0" in flags else -1)
         assert (samples.labels == -1).any()
-    assert opened.class_names == list(datasets.VOC_CLASSES[:10])
+    assert opened.class_names == list(layouts.VOC_CLASSES[:10])
 
 
 def test_detection_of_voc_lowers_the_first_corner_only(dataset):
@@ -232,9 +232,9 @@ def test_wrong_label_order_of_a_flat_val_is_known_from_its_first_images(tmp_path
     dataset = datasets.Dataset("imagenet", tmp_path, [str(n) for n in range(1000)], {}, {})
     paths = datasets.Paths(tmp_path / "val", names)
     sorted_wnids, devkit = [65, 970, 230, 809, 516], [490, 361, 171, 822, 297]
-    datasets._check_imagenet(dataset, "val", datasets.Listing(paths, np.array(sorted_wnids)))
+    layouts._check_imagenet(dataset, "val", layouts.Listing(paths, np.array(sorted_wnids)))
     with pytest.raises(BadInput, match="expected label 65 for ILSVRC2012_val_00000001"):
-        datasets._check_imagenet(dataset, "val", datasets.Listing(paths, np.array(devkit)))
+        layouts._check_imagenet(dataset, "val", layouts.Listing(paths, np.array(devkit)))
 
 
 def test_a_list_line_without_label_is_refused(imagenet, tmp_path):
@@ -732,7 +732,7 @@ def read(monkeypatch) -> list[str]:
     """The splits that were read from lists and folders, not opened from an index."""
     splits = []
 
-    def counted(layout: datasets.Layout) -> datasets.Layout:
+    def counted(layout: layouts.Layout) -> layouts.Layout:
         def read(dataset, split):
             splits.append(split)
             return layout.read(dataset, split)

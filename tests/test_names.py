@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import simclr
 from simclr.__main__ import STEPS
 from simclr.benchmarks import BENCHMARKS, load
 from simclr.model_zoo import sections
@@ -52,6 +53,11 @@ def missing(name: str) -> list[str]:
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_a_benchmark_has_its_name_in_every_layer(name):
     assert missing(name) == []
+
+
+def test_the_package_says_where_every_module_belongs():
+    modules = {path.stem for path in (ROOT / "simclr").glob("*.py")} - {"__init__"}
+    assert modules <= set(re.findall(r"`(\w+)`", simclr.__doc__))
 
 
 def test_a_benchmark_that_is_only_a_name_lacks_everything():

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from simclr import BadInput, config, datasets, paths, pretrain, shards
+from simclr import BadInput, config, datasets, layouts, paths, pretrain, shards
 from simclr.__main__ import main, sentence
 from simclr.benchmarks import _semi
 
@@ -292,7 +292,7 @@ def test_shards_open_from_the_index_without_being_scanned(verified, sharded, mon
     monkeypatch.setattr(datasets, "SETTLED_NS", 0)
     opened = verified(sharded)
     scanned = []
-    monkeypatch.setattr(datasets, "scan", lambda tars: scanned.append(len(tars)) or paths.scan(tars))
+    monkeypatch.setattr(layouts, "scan", lambda tars: scanned.append(len(tars)) or paths.scan(tars))
     indexed = datasets.samples(opened, "train")
     assert scanned == []
     os.utime(sharded / "train/train-000001.tar")
