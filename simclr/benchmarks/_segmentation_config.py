@@ -79,7 +79,7 @@ def _set_model(model: Any, config: Config, architecture: str, device: str) -> No
     for head in (model.decode_head, model.auxiliary_head):
         head.update(dropout_ratio=config.dropout, align_corners=config.align_corners, norm_cfg=norm)
     window = (config.crop, config.crop)
-    model.data_preprocessor.size = window
+    model.data_preprocessor.update(size=window, bgr_to_rgb=True)
     model.test_cfg = {"mode": "whole"}
     if config.slide_stride is not None:
         stride = (config.slide_stride, config.slide_stride)

@@ -11,6 +11,7 @@ from mmengine.registry import DefaultScope
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS, TRANSFORMS
 from mmseg.structures import SegDataSample
+from PIL import Image
 
 from simclr.benchmarks import _segmentation_config
 from simclr.benchmarks.voc12aug_segmentation import Config
@@ -145,16 +146,18 @@ def test_nothing_is_downloaded(built):
     assert "init_cfg" not in built.model.backbone
 
 
-def test_small_crops_are_padded_after_normalisation(built):
+def test_images_are_normalised_as_rgb_and_small_crops_padded_after_it(built, tmp_path):
+    Image.new("RGB", (4, 4), (200, 120, 30)).save(tmp_path / "orange.png")
+    load = TRANSFORMS.build(built.test_dataloader.dataset.pipeline[0])
+    pixels = torch.from_numpy(load({"img_path": str(tmp_path / "orange.png")})["img"]).permute(2, 0, 1)
     process = MODELS.build(built.model.data_preprocessor)
     sample = SegDataSample(gt_sem_seg=PixelData(data=torch.zeros((1, 4, 4), dtype=torch.long)))
     sample.set_metainfo({"img_shape": (4, 4)})
-    pixels = torch.full((3, 4, 4), 200, dtype=torch.uint8)
     batch = process({"inputs": [pixels], "data_samples": [sample]}, training=True)
     (image,), (truth,) = batch["inputs"], batch["data_samples"]
     assert image.shape == (3, 512, 512)
     mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
-    torch.testing.assert_close(image[:, 0, 0], (200 - mean) / std)
+    torch.testing.assert_close(image[:, 0, 0], (torch.tensor([200, 120, 30]) - mean) / std)
     assert (image[:, 4:] == 0).all()
     assert (truth.gt_sem_seg.data[:, 4:] == 255).all()
 
