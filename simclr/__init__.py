@@ -4,7 +4,7 @@ The steps are functions; `python -m simclr <step>` runs one by name; `workflow/`
 find what, in the order in which data passes:
 
 - images on disk: `datasets`, `layouts`, `paths`, `shards`, `masks`; the miniature: `demo`
-- views and batches: `transforms`, `augment`, `stream`
+- views and batches: `transforms`, `augment`, `stream`, `loading`
 - pretraining: `pretrain`, `model`, `loss`, `optim`, `online_knn`, `training_log`
 - what becomes of a backbone: `checkpoint`, `convert`, `features`
 - the protocols: `benchmarks/`, of `protocol` and `metrics`

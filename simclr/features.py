@@ -29,6 +29,7 @@ from simclr import BadInput, distributed, transforms
 from simclr.checkpoint import Backbone
 from simclr.config import FeatureSet
 from simclr.datasets import Dataset, Images, Samples, samples
+from simclr.loading import cores, pieces
 from simclr.model import ResNet, pool
 from simclr.results import DatasetStamp, is_full, locked, replacing, workplace
 
@@ -272,7 +273,7 @@ def _fill(
     layers = {name: open_memmap(folder / f"features/{name}.npy", mode="r+") for name in dims}
     stream = _batches(model, listed, config, shards, what)
     for shard in shards:
-        _write_shard(layers, shard, islice(stream, len(_batches_of(shard, config.batch_size))), listed)
+        _write_shard(layers, shard, islice(stream, len(pieces(shard, config.batch_size))), listed)
         for array in layers.values():
             array.flush()
             array.base.madvise(mmap.MADV_DONTNEED)  # else it counts as memory until the last shard
@@ -324,7 +325,7 @@ def _batches(
     transform = getattr(transforms, config.transform)(config.resize, config.crop)
     loader = DataLoader(
         Images(listed.paths, listed.labels, transform),
-        batch_sampler=[batch for shard in shards for batch in _batches_of(shard, config.batch_size)],
+        batch_sampler=[batch for shard in shards for batch in pieces(shard, config.batch_size)],
         num_workers=_workers(),
         pin_memory=device.type == "cuda",
     )
@@ -343,14 +344,9 @@ def _batches(
             yield index.numpy(), {name: values.cpu() for name, values in features.items()}
 
 
-def _batches_of(shard: range, batch_size: int) -> list[range]:
-    return [shard[start : start + batch_size] for start in range(0, len(shard), batch_size)]
-
-
 def _workers() -> int:
     """Return how many processes decode images: none on one or two cores, where they would only compete."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return 0 if cores <= 2 else min(cores - 1, 16)
+    return 0 if cores() <= 2 else min(cores() - 1, 16)
 
 
 def _require_finite(values: Tensor, name: str, index: np.ndarray, listed: Samples) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from simclr import BadInput, datasets, distributed, stream, transforms
+from simclr import BadInput, datasets, distributed, loading, transforms
 from simclr.benchmarks import imagenet_knn
 from simclr.datasets import Dataset, Samples
 from simclr.model import ResNet
@@ -76,11 +76,11 @@ def encode(backbone: ResNet, samples: Samples, image_size: int, workers: int) ->
         Crops(samples.paths[mine], image_size),
         BATCH,
         generator=torch.Generator(),  # a loader draws a seed even where nothing is random
-        **stream.workers(workers),
+        **loading.workers(workers),
     )
     width = backbone.channels["avgpool"]
     parts = [torch.empty(0, width + 1, device=device)]  # the last column: decoded or not
-    with stream.ending(loader) as batches:
+    with loading.ending(loader) as batches:
         for batch, decoded in batches:
             rows = backbone(batch.to(device, memory_format=torch.channels_last))
             parts.append(torch.cat([rows, decoded.to(device)[:, None]], 1))

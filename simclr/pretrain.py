@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr import BadInput, datasets, devices, distributed, online_knn, results, rolling, stream
+from simclr import BadInput, datasets, devices, distributed, loading, online_knn, results, rolling, stream
 from simclr.augment import augment
 from simclr.checkpoint import save_backbone
 from simclr.config import Execution, Recipe
@@ -78,12 +78,14 @@ def pretrain(
         state = resume(job, network, optimizer)
         announce(job, state["step"], steps, len(paths))
         model = parallel(job, network).train()
-        workers = stream.divide_cores(device)
+        workers = loading.divide_cores(device)
 
         saved = clock = time.monotonic()
         with (
             Log(folder, state["rows"], state["open_row"], steps) as log,
-            stream.batches(config, execution, paths, steps_per_epoch, state["step"], device) as batches,
+            stream.batches(
+                config, execution, paths, steps_per_epoch, state["step"], device, workers
+            ) as batches,
         ):
             for step, (batch, undecodable) in enumerate(batches, start=state["step"]):
                 fetched = time.monotonic()

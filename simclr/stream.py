@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,10 +16,10 @@ from torch.utils.data import DataLoader, default_collate
 
 from simclr import BadInput, datasets, distributed
 from simclr.config import Execution, Recipe
+from simclr.loading import ending, pieces, workers
 from simclr.paths import Unreachable
 from simclr.transforms import read_pixels, two_crops, two_views
 
-CPU_THREADS = torch.get_num_threads()  # of this job, before they are divided
 PIECE = 64  # images that a worker makes at one time
 DECODED_BYTES = 256 * 2**20  # a dataset that is smaller in memory is decoded once
 
@@ -111,25 +109,22 @@ def batches(
     steps_per_epoch: int,
     first_step: int,
     device: torch.device,
+    number: int,
 ) -> Iterator[Iterator[tuple[Batch, list[int]]]]:
     """Yield this process's batches, one per step to the end: images on `device`, and which had no image.
 
-    Workers make a batch together, in pieces, so that what they hold does not grow with it.
+    A `number` of workers make a batch together, in pieces, so that what they hold does not grow with it.
     """
     steps = partial(keys, config, len(paths), steps_per_epoch, first_step)
     loader = DataLoader(
         Views(config, execution, paths),
-        batch_sampler=(piece for step in steps() for piece in _pieces(step)),
+        batch_sampler=(piece for step in steps() for piece in pieces(step, PIECE)),
         collate_fn=_collate,
         pin_memory=device.type == "cuda",
-        **workers(divide_cores(device)),
+        **workers(number),
     )
-    with ending(loader) as pieces:
-        yield (_joined([next(pieces) for _ in _pieces(step)], device) for step in steps())
-
-
-def _pieces(step: list[Any]) -> list[list[Any]]:
-    return [step[i : i + PIECE] for i in range(0, len(step), PIECE)]
+    with ending(loader) as made:
+        yield (_joined([next(made) for _ in pieces(step, PIECE)], device) for step in steps())
 
 
 def _collate(items: list[tuple[Sequence[Tensor], list[int]]]) -> tuple[Batch, list[int]]:
@@ -143,43 +138,3 @@ def _joined(pieces: list[tuple[Batch, list[int]]], device: torch.device) -> tupl
     images, *parameters = zip(*made, strict=True)
     images = torch.cat([each.to(device, non_blocking=True) for each in images])
     return [images, *map(torch.cat, parameters)], [i for each in undecodable for i in each]
-
-
-def workers(number: int) -> dict[str, Any]:
-    """Return what makes a loader's workers: forked, to share what is in memory, and deaf to signals.
-
-    A cluster signals all processes of a job; the trainer decides what is done about it.
-    """
-    context = "fork" if number else None
-    return {"num_workers": number, "multiprocessing_context": context, "worker_init_fn": _ignore_signals}
-
-
-def _ignore_signals(worker: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def ending(loader: DataLoader) -> Iterator[Iterator[Any]]:
-    """Yield an iterator over `loader`, whose workers have ended when the block has, whatever ended it.
-
-    At the interpreter's end multiprocessing would send them SIGTERM, which they ignore, and wait for ever.
-    """
-    iterator = iter(loader)
-    try:
-        yield iterator
-    finally:
-        if loader.num_workers:
-            iterator._shutdown_workers()
-            for worker in iterator._workers:
-                worker.kill()
-
-
-def divide_cores(device: torch.device) -> int:
-    """Return how many processes make views; on the CPU, which also trains, half of the job's cores."""
-    if device.type == "cuda":
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        return min(max(cores - 1, 1), 16)
-    workers = max(CPU_THREADS // 2, 1)
-    torch.set_num_threads(max(CPU_THREADS - workers, 1))
-    return workers

@@ -30,6 +30,7 @@ from simclr import (
     config,
     datasets,
     distributed,
+    loading,
     pretrain,
     results,
     rolling,
@@ -563,7 +564,7 @@ def test_a_dataset_that_vanishes_ends_the_run_with_its_name(spoilt, tmp_path, mo
         return agree(*arguments)
 
     monkeypatch.setattr(pretrain, "agree", vanish)
-    monkeypatch.setattr(stream, "divide_cores", lambda device: 0)  # so that no worker is ahead
+    monkeypatch.setattr(loading, "divide_cores", lambda device: 0)  # so that no worker is ahead
     with pytest.raises(BadInput, match=r"images/train"):
         _pretrain(spoilt, tmp_path, execution=Execution(skip_images=1))
     assert list(tmp_path.glob("work/*/checkpoint-*.pt"))

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from simclr import BadInput, distributed, stream
+from simclr import BadInput, distributed, loading
 from simclr.augment import augment
 from simclr.benchmarks._training import Training
 from simclr.datasets import Samples, decode, samples
@@ -229,17 +229,12 @@ def plan(images: int, config: Training, micro_batch: int, first_step: int = 0) -
         order = np.random.default_rng((config.seed, epoch)).permutation(images)
         for step in range(max(first_step - epoch * per_epoch, 0), per_epoch):
             batch = order[step * config.batch_size :][: config.batch_size]
-            yield from pieces([(epoch, index) for index in mine(batch.tolist())], micro_batch)
+            yield from loading.pieces([(epoch, index) for index in mine(batch.tolist())], micro_batch)
 
 
 def mine(items: Sequence) -> Sequence:
     """Return this process's share of `items`."""
     return items[distributed.rank() :: distributed.world_size()]
-
-
-def pieces(items: Sequence, size: int) -> list:
-    """Cut `items` into pieces of `size`; the last one may be shorter."""
-    return [items[i : i + size] for i in range(0, len(items), size)]
 
 
 @contextmanager
@@ -255,9 +250,9 @@ def load(
         images,
         batch_sampler=items,
         pin_memory=cuda,
-        **stream.workers(stream.divide_cores(device) if cuda else 0),
+        **loading.workers(loading.divide_cores(device) if cuda else 0),
     )
-    with stream.ending(loader) as batches:
+    with loading.ending(loader) as batches:
         yield (
             (augment(crops.to(device, non_blocking=True), rows), labels.to(device, non_blocking=True))
             for crops, rows, labels in batches

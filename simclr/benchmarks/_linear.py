@@ -29,13 +29,13 @@ from simclr.benchmarks._images import (
     Transform,
     load,
     mine,
-    pieces,
     plan,
     steps_per_epoch,
     still,
     train_and_val,
 )
 from simclr.benchmarks._training import FrozenTraining, Training
+from simclr.loading import pieces
 from simclr.metrics import label_rank
 from simclr.model import ResNet
 from simclr.training_log import Panel, Row, plot, write_csv

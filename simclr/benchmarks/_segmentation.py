@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from simclr import BadInput, devices, distributed, results, rolling
+from simclr import BadInput, devices, distributed, loading, results, rolling
 from simclr.benchmarks import _segmentation_sheet as sheet
 from simclr.benchmarks._mmseg import (
     DATASETS,
@@ -287,7 +287,9 @@ def train(job: Job, base: Settings, backbone: Backbone) -> Path:
         try:
             runner.train()
         finally:
-            _end_workers(runner)
+            # Where its making failed, the runner's loop is not yet one.
+            iterator = getattr(runner._train_loop, "dataloader_iterator", None)
+            loading.end_workers(getattr(iterator, "_iterator", None))
     return last
 
 
@@ -309,16 +311,6 @@ def _runner(base: Settings, **changes: Any) -> Runner:
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     return getattr(model, "module", model)
-
-
-def _end_workers(runner: Runner) -> None:
-    """End the loader's workers: at the interpreter's end they would be sent a SIGTERM that they ignore."""
-    loop = runner._train_loop  # not yet a loop where its making failed
-    iterator = getattr(getattr(loop, "dataloader_iterator", None), "_iterator", None)
-    if hasattr(iterator, "_workers"):
-        iterator._shutdown_workers()
-        for worker in iterator._workers:
-            worker.kill()
 
 
 class LoadBackbone(Hook):

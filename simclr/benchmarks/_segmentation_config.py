@@ -8,7 +8,6 @@ that was killed and resumed, or that runs in another number of processes, sees t
 from __future__ import annotations
 
 import math
-import signal
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -30,6 +29,7 @@ from simclr.benchmarks._mmseg import (
     mmseg,
 )
 from simclr.distributed import world_size
+from simclr.loading import ignore_signals
 from simclr.model import resnet
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def _set_data(base: Settings, config: Config, dataset: Dataset, device: str) -> 
             "start another number of them"
         )
     base.train_dataloader.batch_size = config.batch_size // world_size()
-    base.train_dataloader.worker_init_fn = {"type": "deaf_to_signals"}
+    base.train_dataloader.worker_init_fn = {"type": "ignore_signals"}
     base.train_dataloader.sampler = {"type": "Draws"}
     base.train_dataloader.dataset = {
         "type": "Drawn",
@@ -225,8 +225,4 @@ class Drawn(torch.utils.data.Dataset):
         return self.dataset[index]
 
 
-@FUNCTIONS.register_module()
-def deaf_to_signals(worker: int, **_: Any) -> None:
-    """Let a loader's worker leave it to the trainer what a signal to the whole job means."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+FUNCTIONS.register_module(name="ignore_signals", module=ignore_signals)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from simclr import BadInput, stream
+from simclr import BadInput, loading
 from simclr.augment import augment
 from simclr.benchmarks import (
     _images,
@@ -168,10 +168,10 @@ def test_workers_load_what_one_process_does(photos, tmp_path, monkeypatch):
     photos[1].save(tmp_path / "0.png")
     samples = Samples([tmp_path / "0.png"] * 9, np.arange(9))
     images = _images.Images(samples, _images.moving(CONFIG, jitter=0.4), seed=0)
-    items, found = _images.pieces([(3, index) for index in range(9)], 2), []
-    workers = stream.workers
+    items, found = loading.pieces([(3, index) for index in range(9)], 2), []
+    workers = loading.workers
     for number in (0, 2):
-        monkeypatch.setattr(stream, "workers", lambda _, number=number: workers(number))
+        monkeypatch.setattr(loading, "workers", lambda _, number=number: workers(number))
         with _images.load(images, items, CPU) as batches:
             found.append([(views, labels.tolist()) for views, labels in batches])
     alone, together = found

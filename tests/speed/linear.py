@@ -31,7 +31,7 @@ import yaml
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from simclr import config, datasets
+from simclr import config, datasets, loading
 from simclr.benchmarks import _images, _linear, imagenet_mhead
 from simclr.checkpoint import Backbone, random_init
 from simclr.datasets import Dataset
@@ -168,7 +168,7 @@ def train_as_published(
 ) -> None:
     """Train for an epoch on the batches that `_linear.fit` has, written out."""
     order = np.random.default_rng((protocol.seed, 0)).permutation(len(images)).tolist()
-    batches = _images.pieces([(0, index) for index in order], protocol.batch_size)
+    batches = loading.pieces([(0, index) for index in order], protocol.batch_size)
     cuda = device.type == "cuda"
     workers = max(len(os.sched_getaffinity(0)) - 1, 1) if cuda else 0
     loader = DataLoader(Reference(images), batch_sampler=batches, num_workers=workers, pin_memory=cuda)
