@@ -91,20 +91,10 @@ def pretrain(
                 fetched = time.monotonic()
                 epoch, last_of_epoch = step // steps_per_epoch, (step + 1) % steps_per_epoch == 0
                 lr = schedule(step, steps_per_epoch, config.epochs, peak_lr, config.warmup_epochs)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-
-                buffers = copies(network.buffers()) if execution.skip_steps else []
                 images = len(batch[0]) * distributed.world_size()
-                optimizer.zero_grad()
-                measured = measure(*gradients(job, model, batch), network)
-                if math.isfinite(measured["loss"] + measured["gradient_norm"]):
-                    optimizer.step()
+                measured = take_step(job, state, model, optimizer, batch, step, lr)
+                if measured["loss"] is not None:
                     state["images_seen"] += images
-                else:
-                    skip_step(job, state, step, lr, measured)
-                    restore(network, buffers)
-                    measured = dict.fromkeys(measured)
                 stopping = agree(job, state, paths, bool(signals), undecodable)
                 seconds = time.monotonic() - clock
 
@@ -224,6 +214,29 @@ def restore(network: nn.Module, buffers: list[Tensor]) -> None:
 
 
 # ---------------------------------------------------------------- one step
+
+
+def take_step(
+    job: Job,
+    state: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    step: int,
+    lr: float,
+) -> dict[str, float | None]:
+    """Take one step and return what was measured; one that is not finite is undone, and all of it is None."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    buffers = copies(model.buffers()) if job.execution.skip_steps else []
+    optimizer.zero_grad()
+    measured = measure(*gradients(job, model, batch), model)
+    if math.isfinite(measured["loss"] + measured["gradient_norm"]):
+        optimizer.step()
+        return measured
+    skip_step(job, state, step, lr, measured)
+    restore(model, buffers)
+    return dict.fromkeys(measured)
 
 
 def gradients(job: Job, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
