@@ -82,14 +82,14 @@ class Log:
     def _show(self, row: Row) -> None:
         """Show how far the training is: a bar on a terminal, else a line now and then."""
         if not self.bar.disable:
-            self.bar.set_postfix_str(said(row), refresh=False)
+            self.bar.set_postfix_str(described(row), refresh=False)
             self.bar.update(row["step"] - self.bar.n)
         elif time.monotonic() - self.shown > SHOW_SECONDS or row["step"] == self.steps:
             self.shown = time.monotonic()
             images_per_step = sum(step["images"] for step in self.open_row) / len(self.open_row)
             seconds = (self.steps - row["step"]) * images_per_step / row["images_per_second"]
             left = timedelta(seconds=round(seconds))
-            print(f"step {row['step']} of {self.steps} {said(row)}, {left} left", flush=True)
+            print(f"step {row['step']} of {self.steps} {described(row)}, {left} left", flush=True)
 
     def __enter__(self) -> Log:
         return self
@@ -101,7 +101,7 @@ class Log:
             self.bar.close()
 
 
-def said(row: Row) -> str:
+def described(row: Row) -> str:
     """Return a row of the log in one line."""
     text = f"epoch {row['epoch']} lr {row['lr']:.4g}"
     if row["loss"] is not None:

@@ -60,7 +60,7 @@ class Transform(NamedTuple):
     size: int
 
 
-def moving(
+def train_transform(
     config: Training, crop: str = "random_resized", jitter: float = 0, lighting: float = 0
 ) -> Transform:
     """Return the transform of training images: crop → flip → colour jitter → lighting.
@@ -74,19 +74,19 @@ def moving(
         prepare = partial(centred, resize=config.resize, size=config.resize)
         box = partial(shifted_box, size=config.image_size)
     else:
-        prepare, box = whole, partial(draw_crop, area=config.crop_area, ratio=(3 / 4, 4 / 3))
+        prepare, box = unchanged, partial(draw_crop, area=config.crop_area, ratio=(3 / 4, 4 / 3))
     return Transform(
         prepare, partial(draw_view, box=box, jitter=jitter, lighting=lighting), config.image_size
     )
 
 
-def still(config: Training) -> Transform:
+def test_transform(config: Training) -> Transform:
     """Return the transform of test images: short edge to `resize`, centre crop; nothing is random."""
     prepare = partial(centred, resize=config.resize, size=config.image_size)
-    return Transform(prepare, draw_nothing, config.image_size)
+    return Transform(prepare, whole_view, config.image_size)
 
 
-def whole(image: Image.Image) -> Image.Image:
+def unchanged(image: Image.Image) -> Image.Image:
     """Return `image` as it is."""
     return image
 
@@ -96,7 +96,7 @@ def centred(image: Image.Image, resize: int, size: int) -> Image.Image:
     return crop_centre(resize_short_edge(image, resize), size)
 
 
-def draw_nothing(width: int, height: int, rng: np.random.Generator) -> View:
+def whole_view(width: int, height: int, rng: np.random.Generator) -> View:
     """Return the view that is all of the image."""
     return View((0, 0, width, height))
 
@@ -229,10 +229,10 @@ def plan(images: int, config: Training, micro_batch: int, first_step: int = 0) -
         order = np.random.default_rng((config.seed, epoch)).permutation(images)
         for step in range(max(first_step - epoch * per_epoch, 0), per_epoch):
             batch = order[step * config.batch_size :][: config.batch_size]
-            yield from loading.pieces([(epoch, index) for index in mine(batch.tolist())], micro_batch)
+            yield from loading.pieces([(epoch, index) for index in rank_share(batch.tolist())], micro_batch)
 
 
-def mine(items: Sequence) -> Sequence:
+def rank_share(items: Sequence) -> Sequence:
     """Return this process's share of `items`."""
     return items[distributed.rank() :: distributed.world_size()]
 

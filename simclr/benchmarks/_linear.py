@@ -28,10 +28,10 @@ from simclr.benchmarks._images import (
     Images,
     Transform,
     load,
-    mine,
     plan,
+    rank_share,
     steps_per_epoch,
-    still,
+    test_transform,
     train_and_val,
 )
 from simclr.benchmarks._training import FrozenTraining, Training
@@ -213,7 +213,7 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * schedule(epoch)
             size = min(job.config.batch_size, len(images) - batch * job.config.batch_size)
-            parts = islice(stream, math.ceil(len(mine(range(size))) / micro_batch))
+            parts = islice(stream, math.ceil(len(rank_share(range(size))) / micro_batch))
             with torch.autocast(job.device.type, torch.bfloat16, enabled=autocast):
                 losses = head_losses(model, *whole_batch(parts, frozen)) / size
             optimizer.zero_grad()
@@ -226,7 +226,7 @@ def fit(
             state["sums"] = [total + size * loss for total, loss in zip(state["sums"], found, strict=True)]
             if step % per_epoch == 0:
                 end_epoch(state, model, epoch, optimizer, len(images))
-                bar.set_postfix_str(said(state["curve"][-1]), refresh=False)
+                bar.set_postfix_str(described(state["curve"][-1]), refresh=False)
             bar.update(size)
             if step == last or stopping or time.monotonic() - saved > pause:
                 started = time.monotonic()
@@ -299,7 +299,7 @@ def end_epoch(
     state["sums"] = [0.0] * len(model)
 
 
-def said(row: Row) -> str:
+def described(row: Row) -> str:
     """Return a row of the learning curve in one line."""
     return f"epoch {row['epoch']} " + " ".join(f"{key} {row[key]:.3f}" for key in row if key != "epoch")
 
@@ -349,7 +349,7 @@ def accuracy(job: Job, model: Heads, images: Images, frozen: Frozen, batch_size:
     A training that is asked to stop has been saved by now, so this exits at once.
     """
     model.eval()
-    share = mine([(0, index) for index in range(len(images))])
+    share = rank_share([(0, index) for index in range(len(images))])
     of_all_ranks = len(images) // distributed.world_size() // batch_size  # batches; some have one more
     hits, finite = torch.zeros(len(model), 2, dtype=torch.int64), True
     with load(images, pieces(share, batch_size), job.device) as stream:
@@ -405,7 +405,7 @@ def linear_evaluation(
             features = inputs(network, images.to(dtype))
             return {name: x.float().contiguous() for name, x in features.items()}
 
-        data, test = Images(train, transform, config.seed), Images(val, still(config), config.seed)
+        data, test = Images(train, transform, config.seed), Images(val, test_transform(config), config.seed)
         with unchanged(network):
             arguments = (frozen, config.micro_batch)
             learnt = fit(job, model, optimizer(model.parameters()), data, schedule, *arguments)

@@ -79,7 +79,7 @@ def evaluate(
         state = read_checkpoint(train(job, base, backbone))
         started = time.monotonic()
         areas = test(job, base, state["state_dict"], picture)
-        details = how(job, Cost(**state["cost"]), time.monotonic() - started)
+        details = run_details(job, Cost(**state["cost"]), time.monotonic() - started)
     check_count(dataset, ("val",), areas["images"])
     metrics = scores(areas)
     metrics.details |= {"images": areas["images"], **details}
@@ -132,7 +132,7 @@ class Cost(NamedTuple):
         )
 
 
-def how(job: Job, training: Cost, seconds: float) -> dict[str, Any]:
+def run_details(job: Job, training: Cost, seconds: float) -> dict[str, Any]:
     """Return what the record says of how a run was made, the last `seconds` of it the test."""
     processes = distributed.world_size()
     total = training.plus(seconds, job.device)

@@ -1,8 +1,8 @@
 """MMSegmentation's packaged config with every number of a protocol set, and the parts of ours that it names.
 
 Its data come through `LoadImage` and `LoadMask`, which refuse what is not as it was verified. What is random
-in a training image follows from the seed and from how many were drawn before (`Drawn`), so that a training
-that was killed and resumed, or that runs in another number of processes, sees the same.
+in a training image follows from the seed and from how many were drawn before (`SeededDataset`), so that a
+training that was killed and resumed, or that runs in another number of processes, sees the same.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ def _set_data(base: Settings, config: Config, dataset: Dataset, device: str) -> 
         )
     base.train_dataloader.batch_size = config.batch_size // world_size()
     base.train_dataloader.worker_init_fn = {"type": "ignore_signals"}
-    base.train_dataloader.sampler = {"type": "Draws"}
+    base.train_dataloader.sampler = {"type": "DrawSampler"}
     base.train_dataloader.dataset = {
-        "type": "Drawn",
+        "type": "SeededDataset",
         "dataset": base.train_dataloader.dataset,
         "seed": config.seed,
     }
@@ -200,7 +200,7 @@ class LoadMask(LoadAnnotations):
 
 
 @DATA_SAMPLERS.register_module()
-class Draws(InfiniteSampler):
+class DrawSampler(InfiniteSampler):
     """MMEngine's endless stream of permutations, as (number of the draw over all processes, index)."""
 
     def _indices_of_rank(self) -> Iterator[tuple[int, int]]:
@@ -208,7 +208,7 @@ class Draws(InfiniteSampler):
 
 
 @DATASETS.register_module()
-class Drawn(torch.utils.data.Dataset):
+class SeededDataset(torch.utils.data.Dataset):
     """Training images by (draw, index): what is random in one follows from the seed and the draw alone."""
 
     def __init__(self, dataset: dict[str, Any], seed: int):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from simclr import BadInput, datasets, distributed
-from simclr.benchmarks._images import Images, check_labels, moving, still
+from simclr.benchmarks._images import Images, check_labels, test_transform, train_transform
 from simclr.benchmarks._linear import (
     Diverged,
     Heads,
@@ -194,7 +194,7 @@ def fine_tune(
     optimizer = sgd(config, network, head, lr, head_multiplier, weight_decay)
     images, tests = (
         Images(split, transform, config.seed)
-        for split, transform in ((train, moving(config)), (test, still(config)))
+        for split, transform in ((train, train_transform(config)), (test, test_transform(config)))
     )
     schedule = steps(config.milestones, 0.2)
     result: dict[str, Any] = {"top1": None, "top5": None, "curve": []}

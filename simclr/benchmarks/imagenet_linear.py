@@ -63,7 +63,7 @@ def evaluate(
         config,
         work,
         curve,
-        transform=_images.moving(config),
+        transform=_images.train_transform(config),
         heads=one_head,
         inputs=lambda network, images: {"avgpool": network(images)},
         optimizer=partial(lars, config),

@@ -99,7 +99,7 @@ def evaluate(
         config,
         work,
         curve,
-        transform=_images.moving(config, config.crop, config.jitter, config.lighting),
+        transform=_images.train_transform(config, config.crop, config.jitter, config.lighting),
         heads=five_heads,
         inputs=pooled,
         optimizer=partial(sgd, config),

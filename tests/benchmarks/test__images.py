@@ -50,11 +50,11 @@ def view(transform, image, seed):
 @pytest.mark.parametrize(
     ("transform", "mean", "greatest"),
     [
-        pytest.param(_images.still(CONFIG), 0.01, 0.01, id="test"),
-        pytest.param(_images.moving(CONFIG), 0.1, 2.01, id="crop and flip"),
-        pytest.param(_images.moving(CONFIG, "shifted"), 0.01, 0.01, id="shifted"),
-        pytest.param(_images.moving(CONFIG, lighting=0.1), 0.1, 2.01, id="lighting"),
-        pytest.param(_images.moving(CONFIG, jitter=0.4, lighting=0.1), 1.4, 6, id="all"),
+        pytest.param(_images.test_transform(CONFIG), 0.01, 0.01, id="test"),
+        pytest.param(_images.train_transform(CONFIG), 0.1, 2.01, id="crop and flip"),
+        pytest.param(_images.train_transform(CONFIG, "shifted"), 0.01, 0.01, id="shifted"),
+        pytest.param(_images.train_transform(CONFIG, lighting=0.1), 0.1, 2.01, id="lighting"),
+        pytest.param(_images.train_transform(CONFIG, jitter=0.4, lighting=0.1), 1.4, 6, id="all"),
     ],
 )
 def test_views_are_pils_but_for_its_rounding(photos, transform, mean, greatest):
@@ -71,7 +71,9 @@ def test_views_are_pils_but_for_its_rounding(photos, transform, mean, greatest):
 
 def test_a_test_image_is_the_centre_crop_of_the_other_evaluations(photos):
     expected = center_crop(CONFIG.resize, CONFIG.image_size)(photos[0])
-    torch.testing.assert_close(view(_images.still(CONFIG), photos[0], 0), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        view(_images.test_transform(CONFIG), photos[0], 0), expected, rtol=0, atol=1e-5
+    )
 
 
 def test_light_by_hand():
@@ -84,7 +86,7 @@ def test_light_by_hand():
 
 def test_lighting_comes_before_normalisation_and_has_its_width():
     grey = Image.new("RGB", (16, 16), (128, 128, 128))
-    transform = _images.moving(CONFIG, "shifted", lighting=0.1)
+    transform = _images.train_transform(CONFIG, "shifted", lighting=0.1)
     lights = []
     for seed in range(2000):
         view_ = transform.draw(20, 20, np.random.default_rng(seed))
@@ -97,7 +99,7 @@ def test_lighting_comes_before_normalisation_and_has_its_width():
 
 
 def test_jitter_is_always_on_and_leaves_the_hue():
-    transform = _images.moving(CONFIG, jitter=0.4)
+    transform = _images.train_transform(CONFIG, jitter=0.4)
     views = [transform.draw(30, 20, np.random.default_rng(seed)) for seed in range(2000)]
     factors = np.array([each.jitter[:3] for each in views])
     assert ((factors >= 0.6) & (factors <= 1.4)).all()
@@ -114,7 +116,7 @@ def test_jitter_is_always_on_and_leaves_the_hue():
 def test_shifted_crop_is_a_random_part_of_the_central_square():
     # 40 × 20 pixels: the central square of 20 begins at column 10.
     columns = np.broadcast_to(np.arange(40, dtype=np.uint8)[:, None], (20, 40, 3))
-    transform = _images.moving(CONFIG, "shifted")
+    transform = _images.train_transform(CONFIG, "shifted")
     corners = set()
     for seed in range(300):
         crop, row = _images.crop(transform, Image.fromarray(columns.copy()), np.random.default_rng(seed))
@@ -127,9 +129,9 @@ def test_shifted_crop_is_a_random_part_of_the_central_square():
 
 def test_transforms_can_be_sent_to_a_worker_however_it_is_started(photos):
     for transform in (
-        _images.still(CONFIG),
-        _images.moving(CONFIG, "shifted"),
-        _images.moving(CONFIG, jitter=1),
+        _images.test_transform(CONFIG),
+        _images.train_transform(CONFIG, "shifted"),
+        _images.train_transform(CONFIG, jitter=1),
     ):
         again = pickle.loads(pickle.dumps(transform))
         assert torch.equal(view(again, photos[0], 3), view(transform, photos[0], 3))
@@ -139,7 +141,7 @@ def test_an_item_is_a_function_of_seed_epoch_and_index(photos, tmp_path):
     for i, photo in enumerate(photos):
         photo.save(tmp_path / f"{i}.png")
     samples = Samples([tmp_path / "0.png", tmp_path / "1.png"], np.array([4, 3]))
-    images = _images.Images(samples, _images.moving(CONFIG, jitter=0.4), seed=5)
+    images = _images.Images(samples, _images.train_transform(CONFIG, jitter=0.4), seed=5)
     crop, row, label = images[2, 1]
     assert label == 3
     torch.rand(3)
@@ -154,7 +156,7 @@ def test_an_item_is_a_function_of_seed_epoch_and_index(photos, tmp_path):
 def test_a_batch_is_loaded_in_order_and_finished_on_the_device(photos, tmp_path):
     photos[0].save(tmp_path / "0.png")
     samples = Samples([tmp_path / "0.png"] * 5, np.arange(5))
-    images = _images.Images(samples, _images.moving(CONFIG, jitter=0.4, lighting=0.1), seed=0)
+    images = _images.Images(samples, _images.train_transform(CONFIG, jitter=0.4, lighting=0.1), seed=0)
     with _images.load(images, iter([[(0, 3), (1, 1)], [(0, 4)]]), CPU) as batches:
         found = list(batches)
     assert [labels.tolist() for _, labels in found] == [[3, 1], [4]]
@@ -167,7 +169,7 @@ def test_a_batch_is_loaded_in_order_and_finished_on_the_device(photos, tmp_path)
 def test_workers_load_what_one_process_does(photos, tmp_path, monkeypatch):
     photos[1].save(tmp_path / "0.png")
     samples = Samples([tmp_path / "0.png"] * 9, np.arange(9))
-    images = _images.Images(samples, _images.moving(CONFIG, jitter=0.4), seed=0)
+    images = _images.Images(samples, _images.train_transform(CONFIG, jitter=0.4), seed=0)
     items, found = loading.pieces([(3, index) for index in range(9)], 2), []
     workers = loading.workers
     for number in (0, 2):

@@ -44,7 +44,7 @@ def images(tmp_path):
         pixels = rng.normal(60 + 60 * np.eye(3)[label], 30, (20, 24, 3)).clip(0, 255)
         Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{i}.png")
     samples = Samples([tmp_path / f"{i}.png" for i in range(21)], labels)
-    return _images.Images(samples, _images.moving(CONFIG, jitter=0.4, lighting=0.1), seed=5)
+    return _images.Images(samples, _images.train_transform(CONFIG, jitter=0.4, lighting=0.1), seed=5)
 
 
 def job(folder, config=CONFIG, signals=()):
@@ -241,7 +241,7 @@ def test_divergence_stops_with_step_and_learning_rate(images, tmp_path):
 
 def test_accuracy_counts_by_hand(images, tmp_path):
     labels = np.array([0, 1, 5, 6])
-    data = _images.Images(Samples(images.samples.paths[:4], labels), _images.still(CONFIG), 0)
+    data = _images.Images(Samples(images.samples.paths[:4], labels), _images.test_transform(CONFIG), 0)
     scores = torch.tensor(
         [
             [9.0, 0, 0, 0, 0, 0, 0],  # right

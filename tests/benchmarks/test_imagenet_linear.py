@@ -41,7 +41,7 @@ def test_the_learning_rate_falls_as_half_a_cosine_per_epoch_without_warm_up():
 
 
 def test_training_images_are_cropped_and_flipped_alone():
-    transform = _images.moving(imagenet_linear.Config())
+    transform = _images.train_transform(imagenet_linear.Config())
     views = [transform.draw(300, 200, np.random.default_rng(seed)) for seed in range(200)]
     assert {(view.jitter, view.grayscale, view.sigma, view.lighting) for view in views} == {
         (None, False, 0.0, (0.0, 0.0, 0.0))
@@ -62,7 +62,7 @@ def test_evaluation_equals_plain_full_batches(on, few_images, small_backbone, tm
     found = imagenet_linear.evaluate(small_backbone, dataset, MINIATURE, tmp_path)
 
     network = small_backbone.model()
-    images = _images.Images(samples(dataset, "train"), _images.moving(MINIATURE), MINIATURE.seed)
+    images = _images.Images(samples(dataset, "train"), _images.train_transform(MINIATURE), MINIATURE.seed)
     head = _linear.classifier(network.channels["avgpool"], 10, torch.Generator().manual_seed(MINIATURE.seed))
     optimizer = LARS(head.parameters(), lr=1.6)
     for epoch in range(3):

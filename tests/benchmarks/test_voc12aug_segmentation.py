@@ -88,7 +88,7 @@ def test_data(built, dataset):
     ]
     assert built.train_dataloader.batch_size == 16
     assert built.test_dataloader.batch_size == 1
-    assert built.train_dataloader.sampler == {"type": "Draws"}
+    assert built.train_dataloader.sampler == {"type": "DrawSampler"}
     assert built.train_dataloader.dataset.seed == 0
     # Every image is tested once, whatever the number of processes.
     assert built.test_dataloader.sampler == {"type": "DefaultSampler", "shuffle": False, "round_up": False}

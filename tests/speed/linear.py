@@ -100,10 +100,10 @@ def train(
     heads = imagenet_mhead.five_heads(network.channels, dataset.classes, torch.Generator().manual_seed(0))
     model = _linear.Heads({layer: heads[layer] for layer in layers}).to(device)
     optimizer = imagenet_mhead.sgd(protocol, model.parameters())
-    moving = _images.moving(protocol, protocol.crop, protocol.jitter, protocol.lighting)
+    moving = _images.train_transform(protocol, protocol.crop, protocol.jitter, protocol.lighting)
     images, tests = (
         _images.Images(datasets.samples(dataset, split), transform, protocol.seed)
-        for split, transform in (("train", moving), ("val", _images.still(protocol)))
+        for split, transform in (("train", moving), ("val", _images.test_transform(protocol)))
     )
     frozen = pooled(_linear.frozen_backbone(backbone, device, bfloat16=False), layers)
     with tempfile.TemporaryDirectory() as work:
