@@ -348,12 +348,18 @@ def test_several_nodes_are_one_srun_with_a_task_per_gpu(clone):
     assert line.endswith("torchrun --standalone --nproc-per-node=2")
 
 
+def partitions(folder: Path, **limits: dict[str, int | str]) -> str:
+    """Write a file of partitions, and return its path."""
+    file = folder / "partitions.yaml"
+    file.write_text(yaml.safe_dump({"partitions": limits}))
+    return str(file)
+
+
 def test_no_job_asks_for_more_than_the_site_gives(clone, monkeypatch):
-    partitions = clone / "partitions.yaml"
-    partitions.write_text(
-        "partitions:\n  cpu: {max_gpu: 0}\n  gpu: {max_gpu: 8, max_runtime: 1d, max_mem_mb: 90000}\n"
+    monkeypatch.setenv(
+        "SNAKEMAKE_SLURM_PARTITIONS",
+        partitions(clone, cpu={"max_gpu": 0}, gpu={"max_gpu": 8, "max_runtime": "1d", "max_mem_mb": 90_000}),
     )
-    monkeypatch.setenv("SNAKEMAKE_SLURM_PARTITIONS", str(partitions))
     call = snakemake(clone, "-n", "all")
     assert call.status == 0, call.said
     asked = re.findall(r"^    resources: .*$", call.said, re.M)
@@ -363,6 +369,47 @@ def test_no_job_asks_for_more_than_the_site_gives(clone, monkeypatch):
     plan = re.search(r"^plan .*?^total.*?$", call.said, re.M | re.S)[0]
     hours = float(re.search(r"^pretrain +5 +8 +([\d,]+)", plan, re.M)[1])
     assert hours > 5 * 24  # in several turns
+
+
+def test_a_job_asks_for_what_one_partition_with_its_gpus_gives(clone, monkeypatch):
+    """Partitions of more time, or of more memory, do not count where they have fewer GPUs."""
+    site = {
+        "short": {"max_gpu": 8, "max_runtime": "1h", "max_mem_mb": 500_000},
+        "gpu": {"max_gpu": 8, "max_runtime": "1d", "max_mem_mb": 90_000},
+        "small": {"max_gpu": 8, "max_runtime": "1d", "max_mem_mb": 50_000},
+        "long": {"max_gpu": 4, "max_runtime": "7d", "max_mem_mb": 900_000},
+        "cpu": {"max_runtime": "2h"},
+    }
+    monkeypatch.setenv("SNAKEMAKE_SLURM_PARTITIONS", partitions(clone, **site))
+
+    def asked(**machine):
+        def long(content):
+            content["models"]["simclr"].update(machine)
+            content["models"]["simclr"]["pretrain"]["epochs"] = 100_000_000
+
+        target = "results/demo/simclr/backbone.safetensors"
+        said = snakemake(clone, "-n", target, *edited(clone, long)).said
+        found = re.search(r"^rule pretrain.*?resources: (.*?)$", said, re.M | re.S)
+        return said if found is None else dict(re.findall(r"(mem_mb|runtime)=(\d+)", found[1]))
+
+    assert asked(gpus=8) == {"mem_mb": "90000", "runtime": str(24 * 60)}
+    assert asked(gpus=4) == {"mem_mb": "67000", "runtime": str(7 * 24 * 60)}
+    assert asked(gpus=8, nodes=2) == {"mem_mb": "67000", "runtime": str(7 * 24 * 60)}
+    assert asked(gpus=0)["runtime"] == "120"
+    assert "no partition takes 16 GPUs of a node: the largest max_gpu is 8; give" in asked(gpus=16)
+
+
+def test_the_limits_are_those_of_the_partitions_from_which_the_executor_chooses(clone, monkeypatch, tmp_path):
+    for name, status in {"squeue": 0, "sbatch": 1}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\nexit {status}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SNAKEMAKE_SLURM_PARTITIONS", partitions(clone, other={"max_runtime": 3}))
+    named = clone / "named.yaml"
+    named.write_text("partitions: {named: {max_runtime: 7}}")
+    arguments = ("--slurm-partition-config", str(named), "--slurm-init-seconds-before-status-checks", "1")
+    call = snakemake(clone, "--profile", "slurm", "demo", *DEMO, *arguments, "--retries", "0")
+    assert re.search(r"^rule demo:.*?^    resources: .*runtime=7$", call.said, re.M | re.S), call.said
 
 
 def test_more_nodes_train_nothing_again(finished):

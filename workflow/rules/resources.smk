@@ -1,14 +1,13 @@
 """What jobs ask for, as functions of the config and of the attempt, and how each is started with it."""
 
 import os
+from functools import cache
 from math import inf
 from pathlib import Path
 
-from snakemake_executor_plugin_slurm.partitions import read_partition_file
+from snakemake_executor_plugin_slurm.partitions import PartitionLimits, read_partition_file
 
-# The site's partitions, by which also the executor chooses: no job asks for more than they give.
-PARTITIONS = Path(os.environ.get("SNAKEMAKE_SLURM_PARTITIONS", "workflow/profiles/slurm/partitions.yaml"))
-SITE = [partition.limits for partition in read_partition_file(PARTITIONS)] if PARTITIONS.is_file() else []
+PARTITIONS = "workflow/profiles/slurm/partitions.yaml"
 CORES_PER_GPU = 8  # most of them to decode images; on Slurm `cpus_per_gpu` of the profile counts
 HALF_THE_CORES = max(1, min(4, (workflow.cores or 8) // 2))  # for a training on the CPU, beside other jobs
 CPU = 0.01  # of the speed of a GPU
@@ -66,10 +65,33 @@ def cores(gpus):
 # ---------------------------------------------------------------- memory and time
 
 
-def site(limit, gpus):
-    """Return the largest `limit` of the partitions that take a job of so many GPUs; infinite where none says one."""
-    limits = [getattr(each, limit) for each in SITE if (each.max_gpu > 0) == (gpus > 0)]
-    return max(limits, default=inf)
+@cache
+def partitions():
+    """Return the limits of the site's partitions, from the file by which the executor chooses one for each job.
+
+    None within a job, where nothing is asked of the site any more.
+    """
+    if workflow.remote_exec:
+        return []
+    named = getattr(workflow.executor_settings, "partition_config", None)  # unknown to a dry run
+    path = Path(named or os.environ.get("SNAKEMAKE_SLURM_PARTITIONS") or PARTITIONS)
+    return [each.limits for each in read_partition_file(path)] if named or path.is_file() else []
+
+
+@cache
+def partition(gpus):
+    """Return the limits of the partition that gives so many GPUs of a node most time and, of equal ones, most memory.
+
+    They are infinite where none says any. Raises where all have fewer GPUs.
+    """
+    fitting = [each for each in partitions() if each.max_gpu >= gpus and (each.max_gpu > 0) == (gpus > 0)]
+    if gpus and partitions() and not fitting:
+        most = max(each.max_gpu for each in partitions())
+        raise WorkflowError(
+            f"no partition takes {gpus} GPUs of a node: the largest max_gpu is {most}; give the model fewer `gpus:` "
+            f"or more `nodes:`, or correct {PARTITIONS}"
+        )
+    return max(fitting, key=lambda each: (each.max_runtime, each.max_mem_mb), default=PartitionLimits())
 
 
 def megabytes(fixed, per_gpu=0, gpus=no_gpu):
@@ -77,7 +99,7 @@ def megabytes(fixed, per_gpu=0, gpus=no_gpu):
 
     def asked(wildcards, attempt):
         taken = gpus(wildcards)
-        return min(attempt * (number(fixed, wildcards) + per_gpu * taken), site("max_mem_mb", taken))
+        return min(attempt * (number(fixed, wildcards) + per_gpu * taken), partition(taken).max_mem_mb)
 
     return asked
 
@@ -93,7 +115,8 @@ def minutes(images=0, per_second=1, gpus=None):
         taken = gpus(wildcards) if gpus else 0
         speed = per_second * (taken or CPU) / operations(wildcards) if gpus else per_second
         whole = 10 + int(number(images, wildcards) / speed / 60)
-        return min(attempt * whole, site("max_runtime", taken)) if attempt else whole
+        of_a_node = min(taken, node_gpus(wildcards)) if taken else 0
+        return min(attempt * whole, partition(of_a_node).max_runtime) if attempt else whole
 
     return asked
 
