@@ -399,17 +399,32 @@ def test_a_job_asks_for_what_one_partition_with_its_gpus_gives(clone, monkeypatc
     assert "no partition takes 16 GPUs of a node: the largest max_gpu is 8; give" in asked(gpus=16)
 
 
-def test_the_limits_are_those_of_the_partitions_from_which_the_executor_chooses(clone, monkeypatch, tmp_path):
+@pytest.fixture
+def empty_slurm(tmp_path, monkeypatch) -> tuple[str, ...]:
+    """The arguments of a run on a Slurm that has no job, and takes none."""
     for name, status in {"squeue": 0, "sbatch": 1}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\nexit {status}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return "--profile", "slurm", "--retries", "0", "--slurm-init-seconds-before-status-checks", "1"
+
+
+def test_the_limits_are_those_of_the_partitions_from_which_the_executor_chooses(
+    clone, monkeypatch, empty_slurm
+):
     monkeypatch.setenv("SNAKEMAKE_SLURM_PARTITIONS", partitions(clone, other={"max_runtime": 3}))
-    named = clone / "named.yaml"
-    named.write_text("partitions: {named: {max_runtime: 7}}")
-    arguments = ("--slurm-partition-config", str(named), "--slurm-init-seconds-before-status-checks", "1")
-    call = snakemake(clone, "--profile", "slurm", "demo", *DEMO, *arguments, "--retries", "0")
+    (clone / "named.yaml").write_text("partitions: {named: {max_runtime: 7}}")
+    named = ("--slurm-partition-config", str(clone / "named.yaml"))
+    call = snakemake(clone, *empty_slurm, *named, "demo", *DEMO)
     assert re.search(r"^rule demo:.*?^    resources: .*runtime=7$", call.said, re.M | re.S), call.said
+
+
+def test_a_checkpoint_is_downloaded_where_snakemake_runs(clone, empty_slurm):
+    content = {"gpus": 0, "import_checkpoint": {"path": "gone.pth"}}
+    arguments = edited(clone, lambda config: config["models"].update(gone=content))
+    call = snakemake(clone, *empty_slurm, "results/demo/gone/backbone.safetensors", *arguments)
+    assert "localrule import_checkpoint:" in call.said
+    assert "import_checkpoint gone failed at attempt 1: simclr: gone.pth: " in call.said
 
 
 def test_more_nodes_train_nothing_again(finished):

@@ -57,7 +57,10 @@ use rule pretrain as pretrain_over_nodes with:
 
 
 rule import_checkpoint:
-    """Take in an existing checkpoint; every tensor is accounted for in the certificate."""
+    """Take in an existing checkpoint; every tensor is accounted for in the certificate.
+
+    Where Snakemake runs, since it may have to be downloaded, and the nodes of a cluster often have no internet.
+    """
     output:
         backbone="<results>/{model}/backbone.safetensors",
         certificate="<results>/{model}/backbone.certificate.json",
@@ -67,6 +70,7 @@ rule import_checkpoint:
         "<results>/{model}/times/import_checkpoint.tsv"
     wildcard_constraints:
         model=models_from("import_checkpoint"),
+    localrule: True
     conda:
         "../../envs/simclr.yaml"
     resources:
