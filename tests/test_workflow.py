@@ -348,6 +348,16 @@ def test_several_nodes_are_one_srun_with_a_task_per_gpu(clone):
     assert line.endswith("torchrun --standalone --nproc-per-node=2")
 
 
+@pytest.mark.parametrize(
+    ("nodes", "asked"), [(1, r"threads: 48\n"), (2, r"threads: 12\n.*cpus_per_task=12.*--cpus-per-task=12 ")]
+)
+def test_the_cores_of_each_gpu_are_those_of_the_profile(clone, nodes, asked):
+    arguments = edited(clone, lambda content: content["models"]["simclr"].update(gpus=4, nodes=nodes))
+    profile = ("--profile", "slurm", "--cores", "99", "--default-resources", "cpus_per_gpu=12")
+    call = snakemake(clone, *profile, "-n", "-p", "imagenet_mhead", *arguments)
+    assert re.search(rf"^rule pretrain.*?{asked}", call.said, re.M | re.S), call.said
+
+
 def partitions(folder: Path, **limits: dict[str, int | str]) -> str:
     """Write a file of partitions, and return its path."""
     file = folder / "partitions.yaml"

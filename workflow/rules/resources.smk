@@ -8,7 +8,9 @@ from pathlib import Path
 from snakemake_executor_plugin_slurm.partitions import PartitionLimits, read_partition_file
 
 PARTITIONS = "workflow/profiles/slurm/partitions.yaml"
-CORES_PER_GPU = 8  # most of them to decode images; on Slurm `cpus_per_gpu` of the profile counts
+PROFILE = workflow.resource_settings.default_resources or {}
+# Most of them are to decode images.
+CORES_PER_GPU = PROFILE["cpus_per_gpu"].value if "cpus_per_gpu" in PROFILE else 8
 HALF_THE_CORES = max(1, min(4, (workflow.cores or 8) // 2))  # for a training on the CPU, beside other jobs
 CPU = 0.01  # of the speed of a GPU
 DEPTH = {18: 0.44, 34: 0.9, 50: 1.0}  # operations of a ResNet for an image, those of ResNet-50 being 1
