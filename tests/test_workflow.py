@@ -580,3 +580,8 @@ def test_the_readme_explains_every_key_of_the_slurm_profile():
     )[0]
     keys = [*profile.pop("default-resources"), *profile]
     assert [key for key in keys if key != "executor" and f"`{key}`" not in table.replace(": ", "`, `")] == []
+
+
+def test_a_slurm_that_does_not_answer_is_asked_no_more_often():
+    profile = yaml.safe_load((ROOT / "workflow/profiles/slurm/config.yaml").read_text())
+    assert profile["max-status-checks-per-second"] * profile["seconds-between-status-checks"] <= 1

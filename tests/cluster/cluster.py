@@ -68,10 +68,11 @@ class Run:
         **test_only: float,  # step_seconds and save_seconds of a pretraining: see quick/sitecustomize.py
     ):
         self.log = folder / "said.txt"
+        command = [sys.executable, "-m", "snakemake"]
         slowed = {f"SIMCLR_TEST_{name.upper()}": str(seconds) for name, seconds in test_only.items()}
         with self.log.open("w") as said:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "snakemake", "--profile", "slurm", *arguments],
+                [*command, "--profile", "slurm", "--max-status-checks-per-second", "10", *arguments],
                 cwd=folder,
                 env={**cluster.environment, **environment, **slowed},
                 stdout=said,
