@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from simclr import BadInput, results
+
 HOUR = 3600
 SLOWEST = 10
 CAUSE = re.compile(r"simclr: |[\w.]*(Error|Exception|Interrupt)\b")
@@ -120,6 +122,26 @@ def measured(path: Path) -> dict[str, float | None] | None:
 
 def _float(value: str) -> float | None:
     return None if ":" in value else float(value)
+
+
+def took(times: Path) -> float | None:
+    """Return the seconds of an earlier run of the job with the benchmark file `times`; None without any.
+
+    Of a job that ran in turns the file has the last alone; those of a record may be of all.
+    """
+    last = measured(times)
+    return max(last["s"] if last else 0, _worked(times.parent.parent / f"{times.stem}.json")) or None
+
+
+def _worked(record: Path) -> float:
+    """Return the seconds that a record has of all turns of its job; 0 where it, or what it says, has none."""
+    try:
+        if record.name == "pretrain.json":
+            return results.read(record, results.Pretraining).seconds
+        details = results.read(record).details
+    except BadInput:
+        return 0
+    return HOUR * details.get("gpu_hours", 0) / details.get("processes", 1)
 
 
 def last_line(log: Path) -> str | None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from simclr import jobs
+from test_page import a_pretraining, a_record
+
+from simclr import jobs, results
 from simclr.jobs import Finished, Planned
 
 
@@ -51,6 +53,24 @@ def test_a_benchmark_file_that_is_not_whole_measured_nothing(tmp_path):
     for name, text in {"torn": "s\n", "empty": ""}.items():
         (tmp_path / name).write_text(text)
     assert [jobs.measured(tmp_path / name) for name in ("torn", "empty", "missing")] == [None, None, None]
+
+
+def test_a_job_that_ran_in_turns_took_all_of_them(tmp_path):
+    """A benchmark file is of the last turn alone; records of what trains for long count all of them."""
+    details = {"gpu_hours": 4.0, "processes": 8}  # half an hour of 8 GPUs
+    results.write(a_record("m", "voc0712_detection", {"AP": 1.0}, details=details), tmp_path / "det.json")
+    results.write(a_record("m", "voc07_svm", {"feature1": 1.0}), tmp_path / "svm.json")
+    results.write(a_pretraining(seconds=3_600.0), tmp_path / "pretrain.json")
+    (tmp_path / "torn.json").write_text("{")
+    (tmp_path / "times").mkdir()
+    for step in ("det", "svm", "pretrain", "torn", "alone"):
+        (tmp_path / f"times/{step}.tsv").write_text("s\n60\n")
+    took = {step: jobs.took(tmp_path / f"times/{step}.tsv") for step in ("det", "pretrain", "svm", "torn")}
+    assert took == {"det": 1_800, "pretrain": 3_600, "svm": 60, "torn": 60}
+    assert jobs.took(tmp_path / "times/alone.tsv") == 60
+    assert jobs.took(tmp_path / "times/missing.tsv") is None
+    (tmp_path / "times/det.tsv").write_text("s\n2000\n")  # with what it takes to start
+    assert jobs.took(tmp_path / "times/det.tsv") == 2_000
 
 
 def test_the_last_line_of_a_log_that_says_anything(tmp_path):

@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 import pytest
 import yaml
+from test_page import a_pretraining
 
-from simclr import model_zoo
+from simclr import model_zoo, results
 from simclr.__main__ import STEPS, _parser, find, read_block
 from simclr.benchmarks import BENCHMARKS, load
 
@@ -198,10 +199,11 @@ def test_a_dry_run_prints_the_plan_with_what_earlier_runs_took(clone):
     times.mkdir(parents=True)
     for step, seconds in (("pretrain", 7200), ("imagenet_knn", 3600)):
         (times / f"{step}.tsv").write_text(f"s\tcpu_time\tmax_rss\n{seconds}\t{seconds}\t100\n")
+    results.write(a_pretraining(seconds=10_800.0), times.parent / "pretrain.json")  # in two turns
     call = snakemake(clone, "-n", "imagenet_knn", *arguments)
     plan = re.search(r"^plan +jobs .*?^total.*?$", call.said, re.M | re.S)[0]
     rows = {line.split()[0]: line.split()[1:] for line in plan.splitlines()}
-    assert rows["pretrain"] == ["1", "4", "2", "8", "earlier", "runs"]
+    assert rows["pretrain"] == ["1", "4", "3", "12", "earlier", "runs"]
     # Another model's, on other GPUs, tells nothing of the one on the CPU.
     assert " ".join(rows["imagenet_knn"]) == "2 0 to 1 1.2 1 earlier runs (1 of 2 jobs)"
     assert rows["random_init"][-4:] == ["the", "recipe:", "at", "most"]

@@ -35,11 +35,7 @@ def job_cores(job):
     return held(job, "cpus_per_task") * max(1, job_gpus(job)) or per_gpu or job.threads
 
 
-@cache
-def took_before(path):
-    """Return the seconds of an earlier run, from its benchmark file; None where there is none."""
-    took = simclr.jobs.measured(path)
-    return took and took["s"]
+took_before = cache(simclr.jobs.took)  # of a job with this benchmark file
 
 
 @cache
