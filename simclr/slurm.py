@@ -14,6 +14,8 @@ from typing import NamedTuple
 from simclr import BadInput
 
 MISSING = 127  # exit status of a program that is not there, as of a shell
+ATTEMPTS, PAUSE = 5, 10  # while Slurm does not answer, and the seconds between two
+REFUSED = re.compile("invalid job id|disabled|denied", re.IGNORECASE)  # Slurm does answer, but not as hoped
 LEAD = 300  # seconds before the job's end for a step and a checkpoint; a tenth of its time where that is less
 
 
@@ -25,7 +27,7 @@ def seconds_left() -> float | None:
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return None
-    status, answer = ask("squeue", "--noheader", "--jobs", job, "--format", "%S %e")
+    status, answer = ask_again("squeue", "--noheader", "--jobs", job, "--format", "%S %e")
     if status:
         print(f"the time limit of job {job} is not watched: {answer}", file=sys.stderr)
         return None
@@ -39,9 +41,19 @@ def seconds_left() -> float | None:
 def requeue() -> None:
     """Queue this very job again, which ends it; say so, or why Slurm refuses."""
     job = os.environ["SLURM_JOB_ID"]
-    status, answer = ask("scontrol", "requeue", job)
+    status, answer = ask_again("scontrol", "requeue", job)
     said = f"is not queued again: {answer}" if status else "is queued again: its time limit is near"
     print(f"job {job} {said}", file=sys.stderr)
+
+
+def ask_again(*command: str) -> tuple[int, str]:
+    """Do as `ask` until Slurm answers, some times: what a job asks only once must not fail by chance."""
+    for _ in range(ATTEMPTS - 1):
+        status, answer = ask(*command)
+        if status in (0, MISSING) or REFUSED.search(answer):
+            return status, answer
+        time.sleep(PAUSE)
+    return ask(*command)
 
 
 def ask(*command: str) -> tuple[int, str]:

@@ -14,14 +14,19 @@ from simclr import BadInput, rolling, slurm
 
 @pytest.fixture
 def answers(tmp_path, monkeypatch):
-    """program → what it says and its exit status; it writes down how it was called."""
+    """program → what it says and its exit status, at first none so many times; it writes down its calls."""
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setattr(slurm, "PAUSE", 0)
+    calls = tmp_path / "calls"
 
-    def answer(program: str, said: str, status: int = 0) -> None:
+    def answer(program: str, said: str, status: int = 0, mute: int = 0) -> None:
         stream = 2 if status else 1
         path = tmp_path / program
-        path.write_text(f"#!/bin/sh\necho $* >> {tmp_path}/calls\necho '{said}' >&{stream}\nexit {status}\n")
+        path.write_text(
+            f"#!/bin/sh\necho $* >> {calls}\n[ $(wc -l < {calls}) -gt {mute} ] || exit 1\n"
+            f"echo '{said}' >&{stream}\nexit {status}\n"
+        )
         path.chmod(0o755)
 
     return answer
@@ -59,8 +64,28 @@ def test_a_limit_that_nobody_tells_is_said_to_be_unwatched(answers, capsys):
     assert "limit of job 17 is not watched: Unable to contact slurm controller" in capsys.readouterr().err
 
 
+def test_a_slurm_that_does_not_answer_is_asked_again(answers, tmp_path, capsys):
+    answers("squeue", period(0, 600), mute=4)
+    assert slurm.seconds_left() == pytest.approx(540, abs=3)
+    (tmp_path / "calls").unlink()
+    answers("scontrol", "", mute=4)
+    slurm.requeue()
+    assert capsys.readouterr().err == "job 17 is queued again: its time limit is near\n"
+
+
+@pytest.mark.parametrize(
+    "said", ["slurm_load_jobs error: Invalid job id specified", "Requested operation is presently disabled"]
+)
+def test_a_slurm_that_refuses_is_asked_once(answers, tmp_path, said):
+    answers("squeue", said, status=1)
+    answers("scontrol", said, status=1)
+    assert slurm.seconds_left() is None
+    slurm.requeue()
+    assert len((tmp_path / "calls").read_text().splitlines()) == 2
+
+
 def test_a_training_stops_when_its_time_is_over_and_not_when_more_was_given(answers):
-    answers("squeue", period(-1, 0.2))
+    answers("squeue", period(-60, -1))
     with rolling.stop_signals() as signals:
         answers("squeue", period(0, 3600))
         signal.raise_signal(signal.SIGALRM)
