@@ -100,13 +100,16 @@ def jobs_from(folder: Path) -> list[Queued]:
 def cause_of_death(log: Path, rule: str, memory_mb: int, minutes: int) -> str | None:
     """Return which limit of a job of `rule` Slurm names in its own `log`, and what to type; None for none.
 
-    What the job itself says goes to the log of the rule.
+    What the job itself says goes to the log of the rule. Where Slurm appends to `log`, it also says how
+    earlier turns ended; that the job was queued again does not count.
     """
     said = log.read_text(errors="replace") if log.is_file() else ""
     if re.search("exceeded memory limit|oom[-_ ]?kill|out of memory", said, re.IGNORECASE):
         return f"over its memory limit of {memory_mb} MB; give more with --set-resources {rule}:mem_mb=…"
     if "DUE TO TIME LIMIT" in said:
         return f"over its time limit of {minutes} minutes; give more with --set-resources {rule}:runtime=…"
-    if re.search(r"(JOB|STEP) \S+ ON \S+ CANCELLED AT", said):
+    if re.search(
+        r"(JOB|STEP) \S+ ON \S+ CANCELLED AT \S+ (?!DUE TO (JOB REQUEUE|PREEMPTION|NODE FAILURE))", said
+    ):
         return "cancelled"
     return None

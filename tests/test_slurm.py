@@ -177,6 +177,12 @@ def test_where_the_programs_of_slurm_are_missing_nothing_is_asked(tmp_path, monk
             "time limit of 10",
         ),
         ("slurmstepd: error: *** STEP 7.0 ON n1 CANCELLED AT 2026-11-25T19:52:48 ***", "cancelled"),
+        (
+            "slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-25T19:52:48 DUE TO JOB REQUEUE ***",
+            "None",
+        ),
+        ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED AT 2026-11-25T19:52:48 DUE TO PREEMPTION ***", "None"),
+        ("slurmstepd: error: *** STEP 7.0 ON n1 CANCELLED AT 2026-11-25 DUE TO NODE FAILURE, SEE", "None"),
         ("srun: error: n1: task 0: Exited with exit code 1", "None"),
     ],
 )
