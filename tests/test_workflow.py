@@ -225,6 +225,14 @@ def test_the_plan_takes_a_job_s_own_time_before_that_of_its_like(clone):
     assert re.search(r"^imagenet_knn +3 +1 +1\.7 +1\.7 +earlier runs$", call.said, re.M), call.said
 
 
+@pytest.mark.parametrize(
+    ("gres", "gpus"), [("lscratch:100G", 0), ("lscratch:100", 0), ("gpu:2", 2), ("lscratch:9G,gpu:h100:4", 4)]
+)
+def test_of_generic_resources_only_gpus_are_gpus(clone, gres, gpus):
+    call = snakemake(clone, "-n", "demo", *DEMO, "--set-resources", f"demo:gres={gres}")
+    assert re.search(rf"^demo +1 +{gpus} ", call.said, re.M), call.said
+
+
 def test_a_failed_job_leaves_a_page_that_says_why_and_a_summary(clone):
     def change(content):
         content["models"]["gone"] = {"gpus": 0, "import_checkpoint": {"path": "gone.pth"}}
@@ -431,6 +439,16 @@ def test_the_limits_are_those_of_the_partitions_from_which_the_executor_chooses(
     assert re.search(r"^rule demo:.*?^    resources: .*runtime=7$", call.said, re.M | re.S), call.said
 
 
+def test_jobs_of_a_group_are_named_where_they_fail_and_not_started_twice(clone, empty_slurm, tmp_path):
+    arguments = ("datasets", *DEMO, "--groups", "demo=made", "dataset=made")
+    said = snakemake(clone, *empty_slurm, *arguments).said
+    assert re.search(r"^demo failed at attempt 1: .*^dataset imagenet failed at", said, re.M | re.S), said
+    row = f"17|RUNNING|rule_made_dataset_demo|{clone}"
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '{row}'\n")
+    said = snakemake(clone, *empty_slurm, *arguments).said
+    assert "left jobs in Slurm: 17 (made_dataset_demo , running)" in said
+
+
 def test_a_checkpoint_is_downloaded_where_snakemake_runs(clone, empty_slurm):
     content = {"gpus": 0, "import_checkpoint": {"path": "gone.pth"}}
     arguments = edited(clone, lambda config: config["models"].update(gone=content))
@@ -529,6 +547,13 @@ def test_a_benchmark_that_no_model_runs_says_so(clone):
     )
     assert call.status == 1
     assert "no model runs imagenet_knn; add it under `benchmarks:`" in call.said
+
+
+def test_a_record_of_a_benchmark_without_its_block_says_so(clone):
+    arguments = edited(clone, lambda config: config["benchmarks"].pop("voc07_lowshot"))
+    call = snakemake(clone, "-n", "results/demo/simclr/voc07_lowshot.json", *arguments)
+    assert call.status == 1
+    assert "voc07_lowshot is not under `benchmarks:`; add the line" in call.said
 
 
 def test_a_failing_step_shows_its_log_and_the_path_of_it(clone):

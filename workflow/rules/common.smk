@@ -128,7 +128,8 @@ def picture(name, of="learning curves"):
 
 def best_layer(wildcards):
     """Return the record that knows the model's best layer; nothing where the SVMs do not run, or are not asked."""
-    wanted = CONFIG.benchmarks.voc07_lowshot.layer == "best" and "voc07_svm" in CONFIG.runs(wildcards.model)
+    lowshot = CONFIG.benchmarks.voc07_lowshot
+    wanted = lowshot and lowshot.layer == "best" and "voc07_svm" in CONFIG.runs(wildcards.model)
     return f"{CONFIG.output}/{wildcards.model}/voc07_svm.json" if wanted else []
 
 

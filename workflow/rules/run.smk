@@ -1,6 +1,7 @@
 """What a run says of itself: the plan before it, and when it ends the summary and the page."""
 
 import os
+import re
 import time
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,8 @@ def held(job, resource):
 
 def job_gpus(job):
     """Return the GPUs of a job, over all of its nodes."""
-    return held(job, "gpu") or held(job, "nodes") * int(job.resources.get("gres", "gpu:0").split(":")[-1])
+    of_a_node = re.search(r"\bgpu(:[^:,]+)?:(\d+)", str(job.resources.get("gres", "")))
+    return held(job, "gpu") or (max(1, held(job, "nodes")) * int(of_a_node[2]) if of_a_node else 0)
 
 
 def job_cores(job):
@@ -78,9 +80,10 @@ def finished(job):
 
 
 def in_page_order(jobs):
-    """Return jobs without those that only name targets, in the order in which the Snakefile reads."""
+    """Return jobs, those of groups too, but for those that only name targets, in the order of the Snakefile."""
     order = list(workflow.rules)
-    return sorted((job for job in jobs if job.rule.log), key=lambda job: order.index(job.rule))
+    single = (each for job in jobs for each in getattr(job, "jobs", [job]))
+    return sorted((job for job in single if job.rule.log), key=lambda job: order.index(job.rule))
 
 
 @cache
@@ -105,7 +108,8 @@ def joined(job):
 def refuse_twice():
     """Raise where a job that this run needs is in Slurm already, sent by a Snakemake that works or was killed.
 
-    Of an array of jobs Slurm knows the wildcards of the first alone, so it is taken for all jobs of its rule.
+    Of an array of jobs Slurm knows the wildcards of the first alone, so it is taken for all jobs of its rule; of a
+    group its name and its rules, so it is taken for all jobs of a group of this name.
     """
     try:
         there = simclr.slurm.jobs_from(Path.cwd())
@@ -115,7 +119,8 @@ def refuse_twice():
         raise WorkflowError(str(error))
     jobs = list(workflow.dag.needrun_jobs())
     mine = {(job.rule.name, joined(job)) for job in jobs} | {(job.rule.name, None) for job in jobs}
-    left = [job for job in there if (job.rule, job.wildcards) in mine]
+    groups = tuple(f"{job.group}_" for job in jobs if job.group)
+    left = [job for job in there if (job.rule, job.wildcards) in mine or job.rule.startswith(groups)]
     if left:
         listing = "; ".join(f"{job.number} ({job.rule} {job.wildcards or ''}, {job.state})" for job in left)
         raise WorkflowError(
