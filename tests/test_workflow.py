@@ -368,6 +368,51 @@ def test_the_cores_of_each_gpu_are_those_of_the_profile(clone, nodes, asked):
     assert re.search(rf"^rule pretrain.*?{asked}", call.said, re.M | re.S), call.said
 
 
+@pytest.fixture
+def trainings(clone, tmp_path, monkeypatch) -> Callable[..., Call]:
+    """Return a function that runs three trainings on a GPU each, which do not train but sleep and fail."""
+
+    def change(content):
+        models = content["models"]
+        models["simclr"].update(gpus=1)
+        models |= {"second": models["simclr"], "third": models["simclr"]}
+
+    for manifest in ("data/demo.json", "datasets/imagenet.json"):
+        (clone / "results/demo" / manifest).parent.mkdir(parents=True)
+        (clone / "results/demo" / manifest).touch()
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho start >> turns; sleep 0.5; echo end >> turns; exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    targets = [f"results/demo/{model}/backbone.safetensors" for model in ("simclr", "second", "third")]
+    return lambda *options: snakemake(clone, *options, "--cores", "24", *targets, *edited(clone, change))
+
+
+@pytest.mark.parametrize(
+    ("options", "first"),
+    [
+        ((), ["start", "end"]),
+        (("--resources", "mem_mb=900000"), ["start", "end"]),
+        (("--resources", "gpu_jobs=2"), ["start", "start"]),
+    ],
+)
+def test_on_this_machine_one_job_uses_gpus_at_a_time(trainings, clone, options, first):
+    trainings(*options)
+    turns = (clone / "turns").read_text().split()
+    assert (turns[:2], len(turns)) == (first, 6)
+
+
+def test_on_slurm_jobs_with_gpus_wait_for_no_other(trainings, empty_slurm):
+    assert "Execute 3 jobs..." in trainings(*empty_slurm).said
+
+
+def test_every_job_with_gpus_takes_its_turn(clone):
+    resources = re.findall(r"^    resources: .*$", snakemake(clone, "-n", "all").said, re.M)
+    with_gpus = [line for line in resources if re.search(r"\bgpu=[1-9]", line)]
+    assert len(with_gpus) > 50
+    assert all("gpu_jobs=1" in line for line in with_gpus)
+
+
 def partitions(folder: Path, **limits: dict[str, int | str]) -> str:
     """Write a file of partitions, and return its path."""
     file = folder / "partitions.yaml"

@@ -59,6 +59,20 @@ def feature_gpus(wildcards):
     return min(node_gpus(wildcards), 1 + images(wildcards.dataset, wildcards.split) // 100_000)
 
 
+# Limits jobs on this machine alone, not those on a cluster.
+resource_scopes:
+    gpu_jobs="local",
+
+
+def take_turns_on_this_machine():
+    """Have one job at a time use GPUs where no Slurm gives each its own, and all take the first; or `gpu_jobs`."""
+    if "gpu_jobs" not in workflow.global_resources:
+        workflow.global_resources["gpu_jobs"] = 1
+    for each in workflow.rules:
+        if "gpu" in each.resources:
+            each.resources["gpu_jobs"] = gpu
+
+
 def cores(gpus):
     """Return a function of the wildcards: the cores of a job on so many GPUs; on the CPU, one."""
     return lambda wildcards: CORES_PER_GPU * gpus(wildcards) or 1
