@@ -65,11 +65,12 @@ class Run:
         folder: Path,
         *arguments: str,
         environment: Mapping[str, str] = {},
-        **test_only: float,  # step_seconds and save_seconds of a pretraining: see quick/sitecustomize.py
+        **test_only: float
+        | Path,  # step_seconds, save_seconds, hold of a pretraining: see quick/sitecustomize.py
     ):
         self.log = folder / "said.txt"
         command = [sys.executable, "-m", "snakemake"]
-        slowed = {f"SIMCLR_TEST_{name.upper()}": str(seconds) for name, seconds in test_only.items()}
+        slowed = {f"SIMCLR_TEST_{name.upper()}": str(value) for name, value in test_only.items()}
         with self.log.open("w") as said:
             self.process = subprocess.Popen(
                 [*command, "--profile", "slurm", "--max-status-checks-per-second", "10", *arguments],

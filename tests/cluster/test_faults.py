@@ -91,15 +91,15 @@ def test_a_status_that_slurm_does_not_know_is_no_success(idle, clone, tmp_path):
 
 
 def test_no_job_is_forgotten_while_slurm_does_not_answer(idle, clone, tmp_path):
-    mute = tmp_path / "mute"
-    environment = squeue(tmp_path, f'[ -e {mute} ] && echo asked >> {mute} && exit 1\nexec $SQUEUE "$@"')
-    with running(idle, clone, *SMALL, "slept/1.txt", environment=environment) as run:
-        until(lambda: started(clone, 1), "it sleeps")
+    mute, asked = tmp_path / "mute", tmp_path / "asked"
+    environment = squeue(tmp_path, f'[ ! -e {mute} ] || {{ echo >> {asked}; exit 1; }}\nexec $SQUEUE "$@"')
+    with running(idle, clone, *SMALL, "slept/10.txt", environment=environment) as run:
+        until(lambda: started(clone, 10), "it sleeps")
         mute.touch()
-        until(lambda: mute.read_text().count("asked") > 10, "Slurm was asked in vain")
+        until(lambda: asked.exists() and len(asked.read_text()) > 10, "Slurm was asked in vain")
         mute.unlink()
         assert run.ends() == 0, run.said
-    assert len(started(clone, 1)) == 1
+    assert len(started(clone, 10)) == 1
 
 
 # ---------------------------------------------------------------- a benchmark that fails

@@ -78,7 +78,8 @@ def test_a_training_goes_on_elsewhere_when_its_node_dies(idle, clone, configured
     arguments = (BACKBONE, *configured(pretraining(steps)))
     with running(idle, clone, *arguments, step_seconds=STEP, save_seconds=0) as run:
         job = trains(idle, clone, run)
-        until(lambda: list(clone.rglob("checkpoint-*.pt")), "a state is saved")
+        work = clone / "results/tiny/tiny/work/pretrain"
+        until(lambda: list(work.glob("checkpoint-*.pt")), "a state is saved")
         node = idle("squeue", "-h", "-j", job, "-o", "%N")
         idle.script("crash", node)
         # Slurm notices by itself within a minute.
@@ -90,9 +91,11 @@ def test_a_training_goes_on_elsewhere_when_its_node_dies(idle, clone, configured
 
 def test_jobs_of_a_snakemake_that_was_killed_are_not_started_twice(idle, clone, configured):
     other = {"other": {"gpus": 0, "random_init": {"architecture": "resnet18_w0.125"}}}
-    arguments, earlier = (BACKBONE, *configured(pretraining(160) | other)), set(idle.jobs())
-    with running(idle, clone, *arguments, step_seconds=STEP) as run:
+    arguments, earlier = (BACKBONE, *configured(pretraining(60) | other)), set(idle.jobs())
+    hold = clone / "hold"
+    with running(idle, clone, *arguments, step_seconds=STEP, hold=hold) as run:
         job = trains(idle, clone, run)
+        hold.touch()  # until there has been time for all that follows
         run.process.kill()
     with running(idle, clone, *arguments) as locked:
         assert locked.ends() == 1
@@ -108,6 +111,7 @@ def test_jobs_of_a_snakemake_that_was_killed_are_not_started_twice(idle, clone, 
         assert apart.ends() == 0, apart.said  # what is not in the queue may run
     assert idle.jobs()[job] == "RUNNING"
 
+    hold.unlink()
     until(lambda: idle.jobs()[job] == "COMPLETED", "the training has ended by itself")
     with running(idle, clone, *arguments) as done:
         assert done.ends() == 0

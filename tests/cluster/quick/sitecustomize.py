@@ -3,6 +3,7 @@
 The Slurm plugin waits 10 s longer, up to 180 s, after each question that found no job ended, and has no
 setting for it. A pretraining waits SIMCLR_TEST_STEP_SECONDS before each step, so that a test can end it in
 the middle on a fast machine, too, and saves its state every SIMCLR_TEST_SAVE_SECONDS, where they are given.
+While there is a file SIMCLR_TEST_HOLD, it makes no step at all.
 """
 
 import asyncio
@@ -22,10 +23,13 @@ def ask_often(module):
 
 def train_slowly(module):
     seconds = float(os.environ.get("SIMCLR_TEST_STEP_SECONDS", 0))
+    hold = os.environ.get("SIMCLR_TEST_HOLD", "")
 
     def slow(schedule):
         def slowly(*arguments):
             time.sleep(seconds)
+            while os.path.exists(hold):
+                time.sleep(0.1)
             return schedule(*arguments)
 
         return slowly
