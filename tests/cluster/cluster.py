@@ -65,8 +65,7 @@ class Run:
         folder: Path,
         *arguments: str,
         environment: Mapping[str, str] = {},
-        **test_only: float
-        | Path,  # step_seconds, save_seconds, hold of a pretraining: see quick/sitecustomize.py
+        **test_only: float | Path,  # step_seconds, save_seconds, hold: see quick/sitecustomize.py
     ):
         self.log = folder / "said.txt"
         command = [sys.executable, "-m", "snakemake"]

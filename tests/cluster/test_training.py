@@ -52,10 +52,13 @@ def trained_to_the_end(clone: Path, run: Run, steps: int) -> None:
 
 
 def test_a_time_limit_ends_no_training(idle, clone, configured):
-    steps = 200  # of which the first minute has room for fewer
+    steps, hold = 40, clone / "hold"
     arguments = (BACKBONE, *configured(pretraining(steps, gpus=2)), "--set-resources", "pretrain:runtime=1")
-    with running(idle, clone, *arguments, step_seconds=STEP) as run:
+    with running(idle, clone, *arguments, step_seconds=STEP, hold=hold) as run:
         job = trains(idle, clone, run)
+        hold.touch()
+        until(lambda: "SIGALRM: stopping" in log(clone), "its minute is nearly over")
+        hold.unlink()
         assert goes_on(clone) > 0
         idle("scontrol", "update", f"JobId={job}", "TimeLimit=10")  # one turn more is enough
         trained_to_the_end(clone, run, steps)
@@ -74,12 +77,12 @@ def test_a_training_makes_way_for_an_urgent_job_and_goes_on_after_it(idle, clone
 
 
 def test_a_training_goes_on_elsewhere_when_its_node_dies(idle, clone, configured):
-    steps = 60
+    steps = 40
     arguments = (BACKBONE, *configured(pretraining(steps)))
     with running(idle, clone, *arguments, step_seconds=STEP, save_seconds=0) as run:
         job = trains(idle, clone, run)
         work = clone / "results/tiny/tiny/work/pretrain"
-        until(lambda: list(work.glob("checkpoint-*.pt")), "a state is saved")
+        until(lambda: list(work.glob("*/checkpoint-*.pt")), "a state is saved")
         node = idle("squeue", "-h", "-j", job, "-o", "%N")
         idle.script("crash", node)
         # Slurm notices by itself within a minute.
@@ -91,7 +94,7 @@ def test_a_training_goes_on_elsewhere_when_its_node_dies(idle, clone, configured
 
 def test_jobs_of_a_snakemake_that_was_killed_are_not_started_twice(idle, clone, configured):
     other = {"other": {"gpus": 0, "random_init": {"architecture": "resnet18_w0.125"}}}
-    arguments, earlier = (BACKBONE, *configured(pretraining(60) | other)), set(idle.jobs())
+    arguments, earlier = (BACKBONE, *configured(pretraining(40) | other)), set(idle.jobs())
     hold = clone / "hold"
     with running(idle, clone, *arguments, step_seconds=STEP, hold=hold) as run:
         job = trains(idle, clone, run)
@@ -120,7 +123,7 @@ def test_jobs_of_a_snakemake_that_was_killed_are_not_started_twice(idle, clone, 
 
 
 def test_what_a_killed_snakemake_left_incomplete_is_done_again(idle, clone, configured):
-    arguments = (BACKBONE, *configured(pretraining(steps := 60)))
+    arguments = (BACKBONE, *configured(pretraining(steps := 40)))
     with running(idle, clone, *arguments, step_seconds=STEP) as run:
         job = trains(idle, clone, run)
         run.process.kill()
