@@ -120,6 +120,8 @@ def stop_signals() -> Iterator[list[int]]:
         signal.alarm(0)
         for number, handler in before.items():
             signal.signal(number, handler)
+        if callable(before[signal.SIGALRM]):
+            set_alarm()  # for whom it was set before
 
 
 def set_alarm() -> bool:
@@ -135,7 +137,7 @@ def set_alarm() -> bool:
 def queued_again_in_time() -> Iterator[None]:
     """Have this job of Slurm queued again, and exit with `STOPPED`, when its time is nearly over.
 
-    For work that keeps its own checkpoints, perhaps in processes of its own, and goes on from the last one.
+    For what has nothing to save, around a training that saves by `stop_signals`.
     """
     if not set_alarm():
         yield

@@ -236,12 +236,7 @@ def _run(engine: str, spec: Path, result: Path) -> None:
     if command is None:
         status = main(importlib.import_module(module).run, [str(spec), str(result)])
     else:
-        root = str(Path(__file__).parents[2])
-        path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-        command = [*command, "-m", module, str(spec), str(result)]
-        # Of torchrun, which would leave its processes behind on SIGUSR1.
-        signals = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"}
-        status = _call(command, {**os.environ, **signals, "PYTHONPATH": path})
+        status = _call([*command, "-m", module, str(spec), str(result)], _environment())
     refusal = result.with_name(REFUSAL)
     if refusal.is_file():
         raise BadInput(refusal.read_text())
@@ -249,38 +244,60 @@ def _run(engine: str, spec: Path, result: Path) -> None:
         raise RuntimeError(f"the {engine} engine ended with status {status}; its own messages stand above")
 
 
+def _environment() -> dict[str, str]:
+    """Return the environment of an engine that is a program of its own."""
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    # Of torchrun, which would leave its processes behind on SIGUSR1.
+    signals = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"}
+    # The time of a job of Slurm is watched by this process, which asks the engine to stop.
+    inherited = {key: value for key, value in os.environ.items() if key != "SLURM_JOB_ID"}
+    return {**inherited, **signals, "PYTHONPATH": path}
+
+
 def _call(command: list[str], environment: dict[str, str]) -> int:
     """Run a program, which never outlives this call; return its exit status.
 
-    It is told of SIGTERM, SIGUSR1 and SIGINT; once it has ended of them, this process exits with `STOPPED`.
+    What asks this process to stop reaches it as SIGTERM; once it has ended, this one exits with `STOPPED`.
     """
     from simclr.rolling import STOPPED
 
-    received: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
-    try:
-        with subprocess.Popen(command, env=environment) as program:
-
-            def hand_on(number: int, _: Any) -> None:
-                received.append(number)
-                program.send_signal(number)
-
-            for number in numbers:
-                signal.signal(number, hand_on)
-            for number in tuple(received):  # while it was started
-                program.send_signal(number)
-            try:
-                status = program.wait()
-            finally:
-                program.terminate()  # where the job's time is over
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if received:
+    programs: list[subprocess.Popen] = []
+    with (
+        handing_on(lambda: [program.terminate() for program in programs]) as received,
+        subprocess.Popen(command, env=environment) as program,
+    ):
+        programs.append(program)
+        if received:  # while it was started
+            program.terminate()
+        try:
+            status = program.wait()
+        finally:
+            program.terminate()
+    if signal.SIGALRM in received:
+        signal.raise_signal(signal.SIGALRM)  # to what queues the job again
+    if received or status == STOPPED:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         sys.exit(STOPPED)
     return status
+
+
+@contextlib.contextmanager
+def handing_on(stop: Callable[[], Any]) -> Iterator[list[int]]:
+    """Call `stop` at each signal that asks this process to stop, and collect it, instead of dying of it."""
+    received: list[int] = []
+
+    def receive(number: int, _: Any) -> None:
+        received.append(number)
+        stop()
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGALRM)
+    before = {number: signal.signal(number, receive) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _detectron2_command() -> list[str]:

@@ -35,8 +35,10 @@ from simclr import BadInput, checkpoint, datasets, rolling
 from simclr.benchmarks import _detection
 from simclr.benchmarks._detection_model import Detector, Res5, build, detector_key, not_empty, paste_mask
 from simclr.devices import float32_as_published, peak_memory_gb
-from simclr.distributed import process_group, rank, sync_batchnorm, world_size
+from simclr.distributed import any_rank, process_group, rank, sync_batchnorm, world_size
 from simclr.results import replacing
+from simclr.stream import ending
+from simclr.stream import workers as deaf_workers
 
 Json = dict[str, Any]
 REPORT_EVERY = 20  # iterations, as Detectron2
@@ -226,7 +228,7 @@ def batches(wide: list[bool], size: int, seed: int) -> Iterator[list[tuple[int, 
             bucket.clear()
 
 
-def loader(spec: Json, stream: int, start: int, device: torch.device) -> Iterable[list[tuple[Tensor, Json]]]:
+def loader(spec: Json, stream: int, start: int, device: torch.device) -> DataLoader:
     """Return the training batches of this process from iteration `start` on, without end."""
     config, lines = spec["protocol"], Lines(spec["train"])
     wide = [line["width"] > line["height"] for line in map(lines.__getitem__, range(len(lines)))]
@@ -236,8 +238,8 @@ def loader(spec: Json, stream: int, start: int, device: torch.device) -> Iterabl
         TrainImages(lines, config, (spec["seed"], stream)),
         batch_sampler=sampler,
         collate_fn=list,
-        num_workers=workers(device),
         pin_memory=device.type == "cuda",
+        **deaf_workers(workers(device)),
     )
 
 
@@ -290,7 +292,10 @@ def set_lr(optimizer: torch.optim.Optimizer, config: Json, iteration: int) -> fl
 
 
 def train(detector: Detector, spec: Json, folder: Path) -> None:
-    """Train, resuming where a run ended; take BatchNorm's statistics anew; write `folder`/trained.pt."""
+    """Train, resuming where a run ended; take BatchNorm's statistics anew; write `folder`/trained.pt.
+
+    SIGTERM, SIGUSR1 and a time limit of Slurm that is near end the iteration, save, and exit with 75.
+    """
     config, device = spec["protocol"], detector.mean.device
     model: nn.Module = detector.train()
     if world_size() > 1:
@@ -303,20 +308,26 @@ def train(detector: Detector, spec: Json, folder: Path) -> None:
         progress.start = state["step"]
         for key, part in parts.items():
             part.load_state_dict(state[key])
-    stream = iter(loader(spec, TRAINING, progress.start, device))
-    for iteration in range(progress.start, config["iterations"]):
-        lr = set_lr(optimizer, config, iteration)
-        torch.manual_seed(seed_of(spec["seed"], TRAINING, iteration))
-        losses = model(*on(device, next(stream)))
-        step(optimizer, losses, iteration)
-        progress.tell(iteration, losses, lr)
-        if (iteration + 1) % config["checkpoint_every"] == 0 and rank() == 0:
-            state = {key: part.state_dict() for key, part in parts.items()}
-            rolling.save(folder, iteration + 1, spec["run"], state)
+    last, every = config["iterations"], config["checkpoint_every"]
+    with rolling.stop_signals() as signals, ending(loader(spec, TRAINING, progress.start, device)) as stream:
+        for iteration in range(progress.start, last):
+            lr = set_lr(optimizer, config, iteration)
+            torch.manual_seed(seed_of(spec["seed"], TRAINING, iteration))
+            losses = model(*on(device, next(stream)))
+            step(optimizer, losses, iteration)
+            progress.tell(iteration, losses, lr)
+            done, stopping = iteration + 1, any_rank(bool(signals), device)
+            if (stopping or done == last or done % every == 0) and rank() == 0:
+                rolling.save(
+                    folder, done, spec["run"], {key: part.state_dict() for key, part in parts.items()}
+                )
+            if stopping:
+                rolling.stop(f"after iteration {done} of {last}", signals)
     if config["precise_bn"]:
-        fresh = (on(device, batch) for batch in loader(spec, PRECISE_BN, 0, device))
         torch.manual_seed(seed_of(spec["seed"], PRECISE_BN, 0))
-        precise_bn(model, itertools.islice(fresh, config["precise_bn"]))
+        with ending(loader(spec, PRECISE_BN, 0, device)) as stream:
+            fresh = (on(device, batch) for batch in stream)
+            precise_bn(model, itertools.islice(fresh, config["precise_bn"]))
     if rank() == 0:
         trained = {
             "model": detector.state_dict(),

@@ -680,6 +680,63 @@ def test_two_processes_on_the_cpu_do_what_one_does(tmp_path, backbone):
         assert result["detections"][0].keys() == one["detections"][0].keys()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM])
+def test_a_training_that_is_asked_to_stop_saves_at_once(tmp_path, backbone, monkeypatch, number):
+    """At the time limit of its job it is queued again, too; who watched the time before goes on watching."""
+    asked, done, step = [], [], engine.step
+    monkeypatch.setattr(rolling.slurm, "requeue", lambda: asked.append(True))
+    monkeypatch.setattr(rolling.slurm, "seconds_left", lambda: 1000)
+    spec = json.loads(prepared_files(backbone, Coco(**TINY), tmp_path / "run")[0].read_text())
+
+    def stopped(optimizer, losses, iteration):
+        step(optimizer, losses, iteration)
+        done.append(iteration)
+        if len(done) == 1:
+            monkeypatch.setattr(rolling.slurm, "seconds_left", lambda: None)
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(engine, "step", stopped)
+    with rolling.queued_again_in_time(), pytest.raises(SystemExit) as end:
+        engine.run(spec)
+    assert (end.value.code, asked) == (rolling.STOPPED, [True] * (number == signal.SIGALRM))
+    monkeypatch.setattr(rolling.slurm, "seconds_left", lambda: 1000)
+    with rolling.queued_again_in_time():
+        engine.run(spec)
+        assert signal.alarm(0) > 900
+    assert done == list(range(TINY["iterations"]))
+
+
+def launch(processes):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+
+
+@pytest.mark.parametrize(
+    ("number", "command"),
+    [(signal.SIGTERM, launch(2)), (signal.SIGUSR1, launch(1)), (signal.SIGALRM, [sys.executable])],
+)
+def test_a_step_that_is_asked_to_stop_has_its_engine_save(tmp_path, backbone, number, command):
+    config = Coco(**TINY).model_copy(update={"iterations": 100_000})
+    files = prepared_files(backbone, config, tmp_path / "run")
+    program = (
+        "import pathlib, signal, sys\n"
+        "from simclr.benchmarks import _detection\n"
+        "signal.signal(signal.SIGALRM, lambda *_: sys.exit('queued again'))\n"
+        f"_detection._torchvision_command = lambda: {command}\n"
+        "_detection._run('torchvision', *map(pathlib.Path, sys.argv[1:]))"
+    )
+    step = subprocess.Popen([sys.executable, "-c", program, *files], stderr=subprocess.PIPE, text=True)
+    try:
+        assert any(line.startswith("iteration 20/") for line in step.stderr)
+        step.send_signal(number)
+        said = step.communicate(timeout=60)[1]
+    finally:
+        step.kill()
+    assert ("queued again" in said) == (number == signal.SIGALRM)
+    assert step.returncode == (1 if number == signal.SIGALRM else rolling.STOPPED)
+    (saved,) = (tmp_path / "run").glob("checkpoint-*.pt")
+    assert f"stopped after iteration {torch.load(saved)['step']} of 100000" in said
+
+
 def test_a_kill_during_precise_bn_costs_the_record_nothing(tmp_path, backbone, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
