@@ -33,6 +33,8 @@ from simclr import BadInput
 from simclr.results import clear, locked, replacing, workplace
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from simclr.benchmarks.voc0712_detection import Config
     from simclr.checkpoint import Backbone
     from simclr.datasets import Dataset
@@ -212,6 +214,20 @@ def read_lines(path: str | Path) -> list[Json]:
         return [json.loads(line) for line in file]
 
 
+def decoded(line: Json) -> Image.Image:
+    """Return the image of a list's line, RGB; raises `BadInput` for a file that is not as it was verified."""
+    from simclr.datasets import decode
+
+    annotated = (line["width"], line["height"])
+    image = decode(Path(line["file_name"]), annotated)
+    if image.size != annotated:
+        raise BadInput(
+            f"{line['file_name']}: expected {line['width']} × {line['height']} pixels, as its annotation "
+            f"says; found {image.size[0]} × {image.size[1]}"
+        )
+    return image
+
+
 # ---------------------------------------------------------------- the engines
 
 
@@ -240,6 +256,11 @@ def _run(engine: str, spec: Path, result: Path) -> None:
     refusal = result.with_name(REFUSAL)
     if refusal.is_file():
         raise BadInput(refusal.read_text())
+    if status == 2:
+        raise BadInput(
+            f"{refusal}: no space for what the {engine} engine has to say; free some, then give the same "
+            "command again"
+        )
     if status != 0:
         raise RuntimeError(f"the {engine} engine ended with status {status}; its own messages stand above")
 

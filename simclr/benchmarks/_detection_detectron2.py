@@ -4,17 +4,24 @@ The published configs are written out here, so that Detectron2's model zoo, and 
 stay out. Datasets are registered from the spec's lists, without Detectron2's environment variable.
 Differences to its defaults that cost points when forgotten: RGB images divided by the standard deviation,
 the stride in the 3×3 convolution, no frozen stage, the extra norm after res5, Precise-BN.
+
+Checkpoints are those of `rolling`. Detectron2 cannot go on within an order of the images: every start, the
+first or after a stop, draws an order and an augmentation of its own, from the seed and the iteration that it
+starts from. So a training in many turns sees all images, but does not equal an unbroken one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import json
+import logging
+import multiprocessing
 import platform
+import signal
 import sys
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +35,6 @@ Json = dict[str, Any]
 # The last release, and what its source has called itself ever since.
 VERSIONS = ("0.6",)
 TRAIN, TEST = "simclr_train", "simclr_test"
-FINAL, TRAINED = "model_final", "trained.json"  # the trained weights, by Detectron2's name, and their report
 # Detectron2 0.6 uses names that numpy 1.24 and Pillow 10 dropped.
 for _name, _type in {"bool": bool, "int": int, "float": float, "object": object, "str": str}.items():
     if _name not in vars(np):
@@ -40,12 +46,10 @@ if not hasattr(Image, "LINEAR"):
 def run(spec: Json) -> Json:
     """Train on the GPUs of `_detection.processes`, or on the CPU, and detect; return the result."""
     known()
-    from detectron2.engine import launch
-
     processes = _detection.processes()
     _detection.per_process(spec["protocol"]["batch_size"], processes)
     refuse(spec["architecture"], spec["protocol"]["detector"])
-    launch(worker, processes, dist_url="auto", args=(spec,))
+    start(processes, spec)
     detected = Path(spec["folder"]) / "detected.json"
     result = json.loads(detected.read_text())
     detected.unlink()  # the result file has it all
@@ -87,11 +91,43 @@ def refuse(architecture: str, detector: str) -> None:
         )
 
 
+def start(processes: int, spec: Json) -> None:
+    """Run `worker` in so many processes; several are told of what asks this one to stop."""
+    from detectron2.engine import launch
+    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+    from simclr.rolling import STOPPED
+
+    def stop() -> None:
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+    several = _detection.handing_on(stop) if processes > 1 else contextlib.nullcontext()
+    with several as received:
+        try:
+            launch(worker, processes, dist_url="auto", args=(spec,))
+        except ProcessExitedException as error:
+            if not received and error.exit_code != STOPPED:
+                raise
+            sys.exit(STOPPED)
+        except ProcessRaisedException:
+            if not (Path(spec["folder"]) / _detection.REFUSAL).is_file():
+                raise
+            sys.exit(2)
+
+
 def worker(spec: Json) -> None:
     """Do the work of one process; the first one writes `detected.json` in the spec's folder."""
-    from simclr import devices
+    import torch
+
+    from simclr import devices, distributed
 
     devices.float32_as_published()
+    # It shows the traceback of every exception, which is raised all the same.
+    logging.getLogger("detectron2.engine.train_loop").addFilter(lambda record: not record.exc_info)
+    if distributed.world_size() > 1:
+        # Instead of torch's SIGINT, which Python does not deliver within a call of CUDA or NCCL.
+        torch.multiprocessing._prctl_pr_set_pdeathsig(signal.SIGKILL)
     folder = Path(spec["folder"])
     with _detection.refusing(folder):  # a process that `launch` spawned cannot raise it to its parent
         try:
@@ -102,42 +138,29 @@ def worker(spec: Json) -> None:
 
 
 def _work(spec: Json, folder: Path) -> None:
-    from detectron2.data import build_detection_test_loader
     from detectron2.evaluation import inference_on_dataset
     from detectron2.utils import comm
     from detectron2.utils.env import seed_all_rng
 
+    from simclr import rolling
+
     register(spec)
-    cfg = configure(spec)
+    state = rolling.newest(folder, spec["run"])
+    cfg = configure(spec, start=state["step"] if state else 0)
     seed_all_rng(cfg.SEED + comm.get_rank())
-    trainer, clock = make_trainer(cfg), _detection.Clock()
-    latest = Latest(trainer)
-    for name, part in {"clock": clock, "latest": latest}.items():
-        trainer.checkpointer.add_checkpointable(name, part)
+    trainer = make_trainer(cfg, spec["run"])
     load = load_backbone(trainer.model, spec)
-    if comm.is_main_process():
-        note_newest(folder)
-    comm.synchronize()
-    trainer.resume_or_load(resume=True)
-    trained = folder / TRAINED
-    if not trained.is_file():
-        trainer.train()
-        if trainer.start_iter >= trainer.max_iter:  # its own hook saves them after an iteration only
-            trainer.checkpointer.save(FINAL)
-        if comm.is_main_process():
-            _write(trained, training_report(latest.values(), clock))
-    comm.synchronize()
-    model = getattr(trainer.model, "module", trainer.model)
+    if state is not None:
+        trainer.resume(state)
+    trainer.train()
     began = time.monotonic()
-    found = inference_on_dataset(model, build_detection_test_loader(cfg, TEST), make_collector())
+    found = inference_on_dataset(alone(trainer.model), trainer.build_test_loader(cfg, TEST), make_collector())
     if comm.is_main_process():
-        report = {"engine": "detectron2", "software": software(), "load": load}
-        report |= json.loads(trained.read_text())
+        report = {"engine": "detectron2", "software": software(), "load": load, **trainer.checkpoints.report}
         report["usage"]["test_seconds"] = time.monotonic() - began
         _write(folder / "detected.json", {**report, "detections": found["all"]})
-        for rolling in folder.glob("model_*.pth"):
-            if rolling.stem != FINAL:
-                rolling.unlink()
+        for path in folder.glob("checkpoint-*.pt"):
+            path.unlink()
 
 
 def _write(path: Path, content: Json) -> None:
@@ -177,8 +200,8 @@ def register(spec: Json) -> None:
 # ---------------------------------------------------------------- the config
 
 
-def configure(spec: Json, device: str | None = None) -> Any:
-    """Return Detectron2's config of the spec."""
+def configure(spec: Json, device: str | None = None, start: int = 0) -> Any:
+    """Return Detectron2's config of the spec, for a training that goes on from iteration `start`."""
     import torch
     from detectron2.config import get_cfg
 
@@ -195,7 +218,7 @@ def configure(spec: Json, device: str | None = None) -> Any:
         cfg.DATALOADER.NUM_WORKERS = 0  # they would only compete with the training
     cfg.MODEL.WEIGHTS = ""  # `load_backbone` sets and checks them
     cfg.OUTPUT_DIR = spec["folder"]
-    cfg.SEED = spec["seed"]
+    cfg.SEED = int(np.random.SeedSequence([spec["seed"], start]).generate_state(1)[0] >> 1)
     cfg.freeze()
     return cfg
 
@@ -316,6 +339,11 @@ def model_key(key: str, detector: str) -> str:
     return f"{'roi_heads' if key.startswith('layer4.') else 'backbone'}.{detectron2_key(key)}"
 
 
+def alone(model: Any) -> Any:
+    """Return the model itself, where it is wrapped to be trained by several processes."""
+    return getattr(model, "module", model)
+
+
 def load_backbone(model: Any, spec: Json) -> Json:
     """Put the backbone's tensors into the model, key by key, and return the report that they are there.
 
@@ -324,7 +352,7 @@ def load_backbone(model: Any, spec: Json) -> Json:
     from simclr import checkpoint
 
     state = checkpoint.load_backbone(Path(spec["backbone"]))
-    own = getattr(model, "module", model).state_dict()
+    own = alone(model).state_dict()
     found = {key: own.get(model_key(key, spec["protocol"]["detector"])) for key in state}
     for key, target in found.items():
         if target is not None and target.shape == state[key].shape:
@@ -337,7 +365,7 @@ def features(model: Any, images: Any) -> Json:
     """Return the maps of `images` by the model's backbone, named as the source's, on the CPU in float32."""
     import torch
 
-    model = getattr(model, "module", model)
+    model = alone(model)
     bottom_up = getattr(model.backbone, "bottom_up", model.backbone)
     with torch.no_grad():
         maps = copy.deepcopy(bottom_up).cpu().eval()(images)
@@ -347,69 +375,117 @@ def features(model: Any, images: Any) -> Json:
     return {f"feature{name.removeprefix('res')}": value for name, value in maps.items()}
 
 
-def note_newest(folder: Path) -> None:
-    """Let Detectron2 go on from the newest whole checkpoint: a kill may have cut short a file, or the note.
+def make_trainer(cfg: Any, run: Json) -> Any:
+    """Return Detectron2's trainer, without its evaluation, and with the rolling checkpoints of `run`.
 
-    The end of a checkpoint is the directory of its ZIP archive. Training is over only with the final one.
+    Asked to stop, it saves after the iteration and exits with 75.
     """
-    from simclr.results import replacing
-
-    note = folder / "last_checkpoint"
-    whole = [path for path in sorted(folder.glob("model_*.pth")) if zipfile.is_zipfile(path)]
-    if not whole or whole[-1].stem != FINAL:
-        (folder / TRAINED).unlink(missing_ok=True)  # tells of weights that are lost
-    if not whole:
-        note.unlink(missing_ok=True)
-        return
-    with replacing(note) as part:
-        part.write_text(whole[-1].name)
-
-
-def make_trainer(cfg: Any) -> Any:
-    """Return Detectron2's trainer, keeping two checkpoints and without its evaluation."""
+    from detectron2.data import build_detection_test_loader, build_detection_train_loader
     from detectron2.engine import DefaultTrainer, hooks
+    from detectron2.utils.events import CommonMetricPrinter
+
+    from simclr import rolling
+
+    mapper = make_mapper()
 
     class Trainer(DefaultTrainer):
         def build_hooks(self) -> list[Any]:
-            kept = [hook for hook in super().build_hooks() if not isinstance(hook, hooks.EvalHook)]
-            for hook in kept:
-                if isinstance(hook, hooks.PeriodicCheckpointer):
-                    hook.max_to_keep = 2
-            return kept
+            theirs = (hooks.EvalHook, hooks.PeriodicCheckpointer)
+            kept = [hook for hook in super().build_hooks() if not isinstance(hook, theirs)]
+            self.checkpoints = make_checkpoints(cfg, run)
+            return [*kept, self.checkpoints]
+
+        def build_writers(self) -> list[Any]:
+            return [CommonMetricPrinter(self.max_iter)]
+
+        @classmethod
+        def build_train_loader(cls, cfg: Any) -> Any:
+            return build_detection_train_loader(cfg, mapper=mapper(cfg, is_train=True))
+
+        @classmethod
+        def build_test_loader(cls, cfg: Any, name: str) -> Any:
+            return build_detection_test_loader(cfg, name, mapper=mapper(cfg, is_train=False))
+
+        def resume(self, state: Json) -> None:
+            alone(self.model).load_state_dict(state["model"])
+            self.load_state_dict(state["trainer"])
+            self.start_iter = state["step"]
+
+        def train(self) -> None:
+            with rolling.stop_signals() as self.signals:
+                super().train()
 
     return Trainer(cfg)
 
 
-class Latest:
-    """The last losses and seconds per iteration, `time`, of a training: a part of its checkpoints.
+def make_checkpoints(cfg: Any, run: Json) -> Any:
+    """Return a hook that saves every so often, after the last iteration, and when a signal asks to stop.
 
-    After the last iteration, a resumed training has no others.
+    Its `report` says what the training took, and the last losses: a part of the checkpoints, as after the
+    last iteration a resumed training has no others.
     """
-
-    def __init__(self, trainer: Any):
-        self.trainer, self.before = trainer, {}
-
-    def values(self) -> dict[str, float]:
-        storage = getattr(self.trainer, "storage", None)  # only since it trains
-        latest = storage.latest() if storage else {}
-        chosen = {k: float(v) for k, (v, _) in latest.items() if k == "time" or k.startswith("loss_")}
-        return {**self.before, **chosen}
-
-    def state_dict(self) -> dict[str, float]:
-        return self.values()
-
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        self.before = dict(state)
-
-
-def training_report(latest: dict[str, float], clock: _detection.Clock) -> Json:
-    """Return what the training took, and the last losses."""
+    from detectron2.engine import HookBase
     from detectron2.utils import comm
 
+    from simclr import distributed, rolling
+
+    class Checkpoints(HookBase):
+        def __init__(self) -> None:
+            self.clock, self.report = _detection.Clock(), {}
+
+        def state_dict(self) -> Json:
+            return {"clock": self.clock.state_dict(), "report": self.report}
+
+        def load_state_dict(self, state: Json) -> None:
+            self.clock.load_state_dict(state["clock"])
+            self.report = state["report"]
+
+        def after_step(self) -> None:
+            trainer, done = self.trainer, self.trainer.iter + 1
+            stopping = distributed.any_rank(bool(trainer.signals), cfg.MODEL.DEVICE)
+            due = stopping or done == trainer.max_iter or done % cfg.SOLVER.CHECKPOINT_PERIOD == 0
+            if due and comm.is_main_process():
+                self.report = training_report(trainer.storage.latest(), self.clock, self.report)
+                state = {"model": alone(trainer.model).state_dict(), "trainer": trainer.state_dict()}
+                rolling.save(Path(cfg.OUTPUT_DIR), done, run, state)
+            if stopping:
+                rolling.stop(f"after iteration {done} of {trainer.max_iter}", trainer.signals)
+
+    return Checkpoints()
+
+
+def training_report(latest: Json, clock: _detection.Clock, before: Json) -> Json:
+    """Return what the training took, and the last losses.
+
+    `latest` are Detectron2's scalars, (value, iteration), among which there is no `time` in the first
+    iterations after a start; then it is that of the report `before`.
+    """
+    from detectron2.utils import comm
+
+    known = before["usage"]["seconds_per_iteration"] if before else 0.0
+    seconds = float(latest.get("time", (known, 0))[0])
     return {
-        "usage": _detection.usage(clock, latest.get("time", 0.0), comm.get_world_size()),
-        "losses": {name: value for name, value in latest.items() if name != "time"},
+        "usage": _detection.usage(clock, seconds, comm.get_world_size()),
+        "losses": {name: float(value) for name, (value, _) in latest.items() if name.startswith("loss_")},
     }
+
+
+def make_mapper() -> type:
+    """Return Detectron2's mapper of images to inputs that says in one sentence which file it cannot read."""
+    from detectron2.data import DatasetMapper
+
+    class Mapper(DatasetMapper):
+        def __call__(self, line: Json) -> Json:
+            try:
+                return super().__call__(line)
+            except (OSError, SyntaxError, ValueError) as error:
+                _detection.decoded(line)
+                said = str(error).splitlines()[0]
+                raise BadInput(
+                    f"{line['file_name']}: Detectron2 cannot read it ({said}); set engine: torchvision"
+                ) from error
+
+    return Mapper
 
 
 def make_collector() -> Any:

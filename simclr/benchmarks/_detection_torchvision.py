@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from simclr import BadInput, checkpoint, datasets, rolling
+from simclr import BadInput, checkpoint, rolling
 from simclr.benchmarks import _detection
 from simclr.benchmarks._detection_model import Detector, Res5, build, detector_key, not_empty, paste_mask
 from simclr.devices import float32_as_published, peak_memory_gb
@@ -168,13 +168,7 @@ def pixels(image: Image.Image) -> Tensor:
 
 def resized(line: Json, edge: int, max_edge: int) -> Image.Image:
     """Read the image and resize it with PIL's bilinear filter, on 8-bit values."""
-    annotated = (line["width"], line["height"])
-    image = datasets.decode(Path(line["file_name"]), annotated)
-    if image.size != annotated:
-        raise BadInput(
-            f"{line['file_name']}: expected {line['width']} × {line['height']} pixels, as its annotation "
-            f"says; found {image.size[0]} × {image.size[1]}"
-        )
+    image = _detection.decoded(line)
     return image.resize(new_size(*image.size, edge, max_edge), Image.Resampling.BILINEAR)
 
 

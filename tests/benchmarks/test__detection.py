@@ -310,6 +310,13 @@ def test_an_engine_leaves_its_refusal_where_it_is_looked_for(tmp_path):
     assert not (tmp_path / "result.json").exists()
 
 
+def test_an_engine_that_cannot_even_say_why_it_refuses_is_one_sentence(tmp_path, monkeypatch):
+    """On a disk that is full."""
+    monkeypatch.setattr(_detection, "main", lambda *_: 2)
+    with pytest.raises(BadInput, match=r"refused\.txt: no space for what the torchvision engine has to say"):
+        _detection._run("torchvision", tmp_path / "spec.json", tmp_path / "result.json")
+
+
 def test_an_engine_clears_what_a_killed_one_left(tmp_path):
     left, whole = tmp_path / ".checkpoint-000000002.pt.77.part", tmp_path / "checkpoint-000000002.pt"
     for path in (left, whole, tmp_path / "spec.json"):
@@ -548,41 +555,6 @@ def test_detectron2_names_of_the_backbone():
     assert detectron2.model_key("layer4.0.bn1.weight", "c4") == "roi_heads.res5.0.conv1.norm.weight"
     assert detectron2.model_key("layer1.0.downsample.0.weight", "c4") == "backbone.res2.0.shortcut.weight"
     assert detectron2.model_key("conv1.weight", "fpn") == "backbone.bottom_up.stem.conv1.weight"
-
-
-def test_detectron2_goes_on_from_the_newest_whole_checkpoint(tmp_path):
-    """The note may be empty and the newest file cut short, wherever the kill fell."""
-    note, names = tmp_path / "last_checkpoint", ("model_0000003.pth", "model_0000007.pth", "model_final.pth")
-    for name in names:
-        torch.save({"iteration": 1, "model": torch.zeros(1000)}, tmp_path / name)
-    note.write_text("")
-    detectron2.note_newest(tmp_path)
-    assert note.read_text() == "model_final.pth"
-    for name, older in ((names[2], names[1]), (names[1], names[0])):
-        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:2000])
-        detectron2.note_newest(tmp_path)
-        assert note.read_text() == older
-    (tmp_path / names[0]).write_bytes(b"")
-    detectron2.note_newest(tmp_path)
-    assert not note.exists()
-
-
-@pytest.mark.parametrize("left", [None, "model_0000007.pth"])
-@pytest.mark.parametrize("truncated", [True, False])
-def test_detectron2_trains_on_when_the_trained_weights_are_lost(tmp_path, truncated, left):
-    """`trained.json` would have other weights tested, or none."""
-    trained, final = tmp_path / "trained.json", tmp_path / "model_final.pth"
-    trained.write_text("{}")
-    for name in filter(None, (left, final.name)):
-        torch.save({"iteration": 1, "model": torch.zeros(1000)}, tmp_path / name)
-    detectron2.note_newest(tmp_path)
-    assert trained.exists()
-    if truncated:
-        final.write_bytes(final.read_bytes()[:2000])
-    else:
-        final.unlink()
-    detectron2.note_newest(tmp_path)
-    assert not trained.exists()
 
 
 def _hold(folder, ready, done):

@@ -6,8 +6,10 @@ be tested without.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +31,7 @@ from test__detection import (
     spec_of,
 )
 
-from simclr import BadInput, checkpoint, convert
+from simclr import BadInput, checkpoint, convert, results, rolling
 from simclr.benchmarks import _detection
 from simclr.benchmarks import _detection_detectron2 as engine
 from simclr.benchmarks import _detection_torchvision as peer
@@ -319,54 +321,192 @@ def test_a_diverging_training_is_one_sentence(prepared, monkeypatch):
         _detection._run("detectron2", *files)
 
 
+@pytest.fixture
+def unregister():
+    """Let the engine register its lists again, at once and when the test is over."""
+    from detectron2.data import DatasetCatalog
+
+    def remove():
+        for name in (engine.TRAIN, engine.TEST):
+            DatasetCatalog.remove(name)
+
+    yield remove
+    remove()
+
+
+def program(prepared, tmp_path, **changes):
+    """Return what runs the engine in a process of its own, as keywords of `subprocess.Popen`."""
+    files = [str(path) for path in prepared(DETECTORS["c4"].model_copy(update=changes))]
+    root = str(Path(engine.__file__).parents[2])
+    return {
+        "args": [sys.executable, "-u", "-m", engine.__name__, *files],
+        "env": {**os.environ, "PYTHONPATH": root},
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+    }
+
+
 @pytest.mark.parametrize("detector", DETECTORS)
 def test_a_run_killed_at_once_goes_on_and_detects(prepared, tmp_path, detector):
     config = DETECTORS[detector].model_copy(update={"precise_bn": 1})
-    files = [str(path) for path in prepared(config)]
-    command = [sys.executable, "-m", engine.__name__, *files]
-    root = str(Path(engine.__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root}
-    killed = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    for _ in range(600):
-        if (tmp_path / "last_checkpoint").exists() or killed.poll() is not None:
-            break
-        time.sleep(0.1)
-    killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    call = program(lambda _: prepared(config), tmp_path)
+    with subprocess.Popen(**call) as killed:
+        for _ in range(600):
+            if list(tmp_path.glob("checkpoint-*.pt")) or killed.poll() is not None:
+                break
+            time.sleep(0.1)
+        killed.kill()
     assert killed.returncode == -signal.SIGKILL
-    assert not (tmp_path / "trained.json").exists()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "Starting training from iteration" in done.stdout
+    done = subprocess.run(**call)
+    assert done.returncode == 0, done.stdout[-2000:]
+    assert re.search(r"Starting training from iteration [2468]\n", done.stdout)
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["load"]["loaded"], result["software"]["detectron2"]) == (318, "0.6")
     assert result["usage"]["seconds"] > 0
     assert {each["image_id"] for each in result["detections"]} <= set(range(4))
     assert ("segmentation" in result["detections"][0]) == config.masks
+    assert not list(tmp_path.glob("checkpoint-*.pt"))
 
 
-@pytest.mark.parametrize("left", [None, "model_0000007.pth"])
-def test_trained_weights_that_are_lost_are_trained_again(prepared, tmp_path, left):
-    """From the beginning, or from a rolling checkpoint, even of the last iteration."""
-    files = [str(path) for path in prepared(DETECTORS["c4"])]
-    command = [sys.executable, "-m", engine.__name__, *files]
-    environment = {**os.environ, "PYTHONPATH": str(Path(engine.__file__).parents[2])}
-    subprocess.run(command, env=environment, capture_output=True, check=True)
-    final = tmp_path / "model_final.pth"
-    whole = torch.load(final, weights_only=True)["model"]
-    if left:
-        final.rename(tmp_path / left)
-    final.write_bytes(b"PK\3\4")
-    result = tmp_path / "result.json"
-    first = json.loads(result.read_text())
-    result.unlink()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"Starting training from iteration {8 if left else 0}" in done.stdout
-    again = torch.load(final, weights_only=True)["model"]
-    assert again.keys() == whole.keys()
-    if left:
-        assert all(torch.equal(again[key], whole[key]) for key in whole)
-        second = json.loads(result.read_text())
-        assert first["losses"] == second["losses"] != {}
-        assert second["usage"]["seconds_per_iteration"] == first["usage"]["seconds_per_iteration"] > 0
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_training_that_is_asked_to_stop_saves_at_once(prepared, tmp_path, number):
+    call = program(prepared, tmp_path, iterations=100_000, checkpoint_every=100_000)
+    with subprocess.Popen(**call) as stopped:
+        assert any(" iter: 19 " in line for line in stopped.stdout)
+        stopped.send_signal(number)
+        said = stopped.communicate(timeout=60)[0]
+    assert stopped.returncode == rolling.STOPPED
+    (saved,) = tmp_path.glob("checkpoint-*.pt")
+    step = torch.load(saved, weights_only=True)["step"]
+    assert f"stopped after iteration {step} of 100000; the same command goes on" in said
+    with subprocess.Popen(**call) as resumed:
+        assert any(f"Starting training from iteration {step}\n" in line for line in resumed.stdout)
+        resumed.kill()
+
+
+def test_a_kill_during_the_test_costs_no_training(prepared, monkeypatch, unregister):
+    """The record, too, is what it would have been; but for what the test took."""
+    from detectron2 import evaluation
+    from detectron2.engine import SimpleTrainer
+
+    spec = json.loads(prepared(DETECTORS["c4"])[0].read_text())
+    reports = []
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    def reported(*given):
+        reports.append(report(*given))
+        return reports[-1]
+
+    report = engine.training_report
+    monkeypatch.setattr(engine, "training_report", reported)
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation, "inference_on_dataset", killed)
+        with pytest.raises(KeyboardInterrupt):
+            engine.worker(spec)
+    monkeypatch.setattr(SimpleTrainer, "run_step", killed)
+    unregister()
+    result = engine.run(spec)
+    assert result["losses"] == reports[-1]["losses"] != {}
+    assert {**reports[-1]["usage"], "test_seconds": result["usage"]["test_seconds"]} == result["usage"]
+    assert result["usage"]["seconds_per_iteration"] > 0
+
+
+def test_every_start_has_an_order_and_draws_of_its_own(prepared):
+    """A training in many short turns would else see the same few images again and again."""
+    spec = json.loads(prepared(DETECTORS["c4"])[0].read_text())
+    seeds = [engine.configure({**spec, "seed": seed}, start=step).SEED for seed in (0, 1) for step in (0, 5)]
+    assert len(set(seeds)) == 4
+    again = engine.configure(spec, start=5).SEED
+    assert again == seeds[1]
+
+
+@pytest.mark.parametrize("fault", ["missing", "damaged", "resized", "turned"])
+def test_an_image_that_is_not_as_verified_is_one_sentence(prepared, monkeypatch, capfd, fault):
+    monkeypatch.setenv("SIMCLR_DETECTRON2_PYTHON", sys.executable)
+    files = prepared(DETECTORS["c4"])
+    path = files[0].with_name("2.jpg")
+    if fault == "missing":
+        path.unlink()
+    elif fault == "damaged":
+        path.write_bytes(path.read_bytes()[:600])
+    elif fault == "resized":
+        Image.new("RGB", (8, 6)).save(path)
+    else:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.new("RGB", (80, 60)).save(path, exif=exif)
+    said = {
+        "missing": "no such image; restore it",
+        "damaged": "cannot be decoded .*replace it by an intact copy",
+        "resized": "expected 80 × 60 pixels, as its annotation says; found 8 × 6",
+        "turned": "Detectron2 cannot read it .*set engine: torchvision",
+    }
+    with pytest.raises(BadInput, match=rf"2\.jpg: {said[fault]}"):
+        _detection._run("detectron2", *files)
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.usefixtures("unregister")
+def test_a_full_disk_is_one_sentence(prepared, monkeypatch):
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    spec = json.loads(prepared(DETECTORS["c4"])[0].read_text())
+    monkeypatch.setattr(results.os, "fsync", full)
+    with pytest.raises(BadInput, match="No space left on device; free some"):
+        engine.worker(spec)
+
+
+RANKS = """
+import signal, time
+from simclr import BadInput, distributed, rolling
+from simclr.benchmarks import _detection_detectron2 as engine
+
+def stop(spec, folder):
+    with rolling.stop_signals() as signals:
+        (folder / f"rank{distributed.rank()}").touch()
+        while not distributed.any_rank(bool(signals), "cpu"):
+            time.sleep(0.05)
+        rolling.stop("soon", signals)
+
+def stay(spec, folder):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    (folder / f"rank{distributed.rank()}").touch()
+    time.sleep(60)
+
+def refuse(spec, folder):
+    raise BadInput("no such thing")
+
+def worker(spec):
+    engine._work = {"stop": stop, "stay": stay, "refuse": refuse}[spec["work"]]
+    engine.worker(spec)
+"""
+
+
+@pytest.mark.parametrize("work", ["stop", "stay", "refuse"])
+def test_ranks_stop_and_end_with_the_engine(tmp_path, work):
+    """Those that are asked to stop do so together; none outlives an engine that is killed."""
+    (tmp_path / "ranks.py").write_text(RANKS)
+    root = str(Path(engine.__file__).parents[2])
+    spec = {"folder": str(tmp_path), "work": work}
+    start = f"import ranks; from ranks import engine; engine.worker = ranks.worker; engine.start(2, {spec})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), root])}
+    call = [sys.executable, "-c", start]
+    with subprocess.Popen(call, env=environment, stderr=subprocess.PIPE, text=True) as started:
+        ready = [tmp_path / f"rank{i}" for i in (0, 1)]
+        while not all(path.exists() for path in ready) and started.poll() is None:
+            time.sleep(0.1)
+        time.sleep(0.2)
+        started.send_signal(signal.SIGTERM if work == "stop" else signal.SIGKILL)
+        try:
+            said = started.communicate(timeout=30)[1]  # all have closed it
+        finally:
+            started.kill()
+    status = {"stop": rolling.STOPPED, "stay": -signal.SIGKILL, "refuse": 2}
+    assert started.returncode == status[work]
+    assert "Traceback" not in said
+    assert said.count("stopped soon") == (work == "stop")
