@@ -73,15 +73,21 @@ def _newest(folder: Path, run: dict[str, Any]) -> dict[str, Any] | None:
                 reason = (str(error) or "it is empty").splitlines()[0]
                 print(f"{path} is broken ({reason}); going on from the one before", file=sys.stderr)
             continue
-        if state["run"] != run:
-            raise BadInput(
-                f"{path}: expected a checkpoint of this run, found one of another: "
-                f"{'; '.join(differences(state['run'], run))}; delete it, or give another --work"
-            )
+        check_run(path, state, run)
         return state
     if checkpoints:
         raise BadInput(f"{folder}: no rolling checkpoint is whole; delete it to start from the beginning")
     return None
+
+
+def check_run(path: Path, state: dict[str, Any], run: dict[str, Any]) -> None:
+    """Raise `BadInput` unless the `state` that the file at `path` holds is that of `run`."""
+    found = state.get("run", {})
+    if found != run:
+        raise BadInput(
+            f"{path}: expected a file of this run, found one of another: "
+            f"{'; '.join(differences(found, run))}; delete it, or give another --work"
+        )
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -232,7 +232,12 @@ def decoded(line: Json) -> Image.Image:
 
 
 def _trial(spec: Json, folder: Path) -> Json:
-    """Return the result of the run of one seed, from its file if it is there."""
+    """Return the result of the run of one seed, from its file if it is there.
+
+    Raises `BadInput` for that of another run, naming what differs.
+    """
+    from simclr.rolling import check_run
+
     folder = folder / f"seed{spec['seed']}"
     result = folder / "result.json"
     if not result.is_file():
@@ -241,7 +246,9 @@ def _trial(spec: Json, folder: Path) -> Json:
         with replacing(spec_file) as part:
             part.write_text(json.dumps(spec, indent=1))
         _run(spec["engine"], spec_file, result)
-    return json.loads(result.read_text())
+    found = json.loads(result.read_text())
+    check_run(result, found, spec["run"])
+    return found
 
 
 def _run(engine: str, spec: Path, result: Path) -> None:
@@ -373,20 +380,33 @@ def main(run: Callable[[Json], Json | None], arguments: list[str]) -> int:
         with refusing(result.parent), locked(spec.parent):
             if int(os.environ.get("RANK", 0)) == 0:
                 clear(spec.parent)
-            outcome = run(json.loads(spec.read_text()))
+            given = json.loads(spec.read_text())
+            outcome = run(given)
     except BadInput:
         return 2
     if outcome is not None:
         with replacing(result) as part:
-            part.write_text(json.dumps(outcome, allow_nan=False))
+            part.write_text(json.dumps({"run": given["run"], **outcome}, allow_nan=False))
     return 0
 
 
 @contextlib.contextmanager
 def refusing(folder: Path) -> Iterator[None]:
-    """Leave the sentence of a `BadInput` in `folder`, for the process that started this one."""
+    """Leave the sentence of a `BadInput` in `folder`, for the process that started this one.
+
+    That the GPU has too little memory is one, too.
+    """
+    import torch
+
     try:
-        yield
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            said = str(error).split(". ")[0]
+            raise BadInput(
+                f"the GPU has too little memory ({said}); let `gpus` of the model be more, or set "
+                "images_per_iteration of the benchmark to fewer than it has"
+            ) from error
     except BadInput as error:
         with replacing(folder / REFUSAL) as part:
             part.write_text(str(error))

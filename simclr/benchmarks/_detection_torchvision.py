@@ -56,6 +56,7 @@ def run(spec: Json) -> Json | None:
         if not done.is_file():
             train(detector, spec, folder)
         trained = torch.load(done, map_location=device, weights_only=True)
+        rolling.check_run(done, trained, spec["run"])
         detector.load_state_dict(trained["model"])
         began = time.monotonic()
         detections = detect(detector, spec)
@@ -324,6 +325,7 @@ def train(detector: Detector, spec: Json, folder: Path) -> None:
             precise_bn(model, itertools.islice(fresh, config["precise_bn"]))
     if rank() == 0:
         trained = {
+            "run": spec["run"],
             "model": detector.state_dict(),
             "losses": progress.losses,
             "usage": _detection.usage(clock, progress.seconds_per_iteration, world_size()),

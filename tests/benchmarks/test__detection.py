@@ -310,6 +310,18 @@ def test_an_engine_leaves_its_refusal_where_it_is_looked_for(tmp_path):
     assert not (tmp_path / "result.json").exists()
 
 
+def test_a_gpu_with_too_little_memory_is_one_sentence(tmp_path):
+    (tmp_path / "spec.json").write_text("{}")
+
+    def train(spec):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has …")
+
+    assert _detection.main(train, [str(tmp_path / "spec.json"), str(tmp_path / "result.json")]) == 2
+    said = (tmp_path / _detection.REFUSAL).read_text()
+    assert said.startswith("the GPU has too little memory (CUDA out of memory); let `gpus`")
+    assert "images_per_iteration" in said
+
+
 def test_an_engine_that_cannot_even_say_why_it_refuses_is_one_sentence(tmp_path, monkeypatch):
     """On a disk that is full."""
     monkeypatch.setattr(_detection, "main", lambda *_: 2)
@@ -322,6 +334,7 @@ def test_an_engine_clears_what_a_killed_one_left(tmp_path):
     for path in (left, whole, tmp_path / "spec.json"):
         path.write_text("{}")
     files = [str(tmp_path / name) for name in ("spec.json", "result.json")]
+    (tmp_path / "spec.json").write_text('{"run": {}}')
     assert _detection.main(lambda spec: {}, files) == 0
     assert not left.exists()
     assert whole.exists()

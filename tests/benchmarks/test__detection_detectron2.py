@@ -461,6 +461,14 @@ def test_a_full_disk_is_one_sentence(prepared, monkeypatch):
         engine.worker(spec)
 
 
+@pytest.mark.usefixtures("unregister")
+def test_the_state_of_another_run_is_refused(prepared):
+    spec = json.loads(prepared(DETECTORS["c4"])[0].read_text())
+    rolling.save(Path(spec["folder"]), 2, {**spec["run"], "seed": 1}, {})
+    with pytest.raises(BadInput, match="found one of another: seed is 1 there, 0 here; delete it"):
+        engine.worker(spec)
+
+
 RANKS = """
 import signal, time
 from simclr import BadInput, distributed, rolling

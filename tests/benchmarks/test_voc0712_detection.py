@@ -168,6 +168,20 @@ def test_a_killed_run_goes_on_and_ends_as_an_unbroken_one(voc, backbone, tmp_pat
     assert json.loads(first.read_text())["detections"] == json.loads(second.read_text())["detections"]
     assert not list(work.rglob("checkpoint-*"))
 
+    # Nor is its result, nor are its weights.
+    (result,) = work.rglob("result.json")
+    (trained,) = work.rglob("trained.pt")
+    state, done = torch.load(trained, weights_only=True), result.read_text()
+    torch.save({**state, "run": {**state["run"], "seed": 1}}, trained)
+    result.write_text(json.dumps({**json.loads(done), "run": {**state["run"], "seed": 2}}))
+    with pytest.raises(BadInput, match=r"result\.json: .*found one of another: seed is 2 there, 0 here"):
+        evaluate(backbone, voc, TINY, work)
+    result.unlink()
+    with pytest.raises(BadInput, match=r"trained\.pt: .*found one of another: seed is 1 there, 0 here"):
+        evaluate(backbone, voc, TINY, work)
+    torch.save(state, trained)
+    result.write_text(done)
+
     # Done is done; another protocol has a folder of its own; one more trial only adds its run.
     assert dict(evaluate(backbone, voc, TINY, work)) == dict(unbroken)
     assert iterations == [2, 3]
