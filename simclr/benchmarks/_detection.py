@@ -15,6 +15,7 @@ image, `score`, `segmentation` (RLE).
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -256,6 +257,8 @@ def _run(engine: str, spec: Path, result: Path) -> None:
     result.with_name(REFUSAL).unlink(missing_ok=True)
     module = f"simclr.benchmarks._detection_{engine}"
     command = _detectron2_command() if engine == "detectron2" else _torchvision_command()
+    if engine == "detectron2":
+        check_python(command[0])
     if command is None:
         status = main(importlib.import_module(module).run, [str(spec), str(result)])
     else:
@@ -341,6 +344,24 @@ def _detectron2_command() -> list[str]:
             f"program {python}; correct the path, or set engine: torchvision"
         )
     return [python or sys.executable]
+
+
+@functools.cache
+def check_python(python: str) -> None:
+    """Raise `BadInput` unless all that the Detectron2 engine needs can be imported there."""
+    program = (
+        "from simclr.benchmarks import _detection_detectron2 as engine; engine.known()\n"
+        "import detectron2._C, detectron2.engine, pycocotools.mask, torchvision, simclr.checkpoint"
+    )
+    call = [python, "-c", program]
+    done = subprocess.run(call, env=_environment(), capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        said = (done.stderr.strip() or f"it ended with status {done.returncode}").splitlines()[-1]
+        raise BadInput(
+            f"engine: {python} cannot run Detectron2 ({said.removeprefix('simclr.BadInput: ')}); create the "
+            "environment envs/detectron2.yaml and name its Python in SIMCLR_DETECTRON2_PYTHON, or set "
+            "engine: torchvision"
+        )
 
 
 def _torchvision_command() -> list[str] | None:

@@ -57,18 +57,13 @@ def run(spec: Json) -> Json:
 
 
 def known() -> None:
-    """Raise `BadInput` unless Detectron2 is installed, in a version with which this engine was run."""
-    try:
-        import detectron2
-    except ModuleNotFoundError as error:
-        raise BadInput(
-            f"engine: {sys.executable} has no Detectron2 ({error}): create the environment "
-            "envs/detectron2.yaml and name its Python in SIMCLR_DETECTRON2_PYTHON, or set engine: torchvision"
-        ) from error
+    """Raise `BadInput` unless Detectron2 is of a version with which this engine was run."""
+    import detectron2
+
     if detectron2.__version__ not in VERSIONS:
         raise BadInput(
-            f"engine: expected Detectron2 {' or '.join(VERSIONS)}, found {detectron2.__version__}, of which "
-            "nothing is known here; install that of envs/detectron2.yaml, or set engine: torchvision"
+            f"expected Detectron2 {' or '.join(VERSIONS)}, found {detectron2.__version__}, of which nothing "
+            "is known here"
         )
 
 

@@ -77,8 +77,10 @@ def voc_metrics(truth: list[Json], detections: list[Json], classes: list[str]) -
     """Return VOC2007's `ap50`, `ap`, `ap75` of `detections`, in percent, averaged over `classes`.
 
     As Detectron2's PascalVOCDetectionEvaluator: scores are rounded to 3 decimals and coordinates, counted
-    from 1, to one; equal scores keep their order. Details have the same by the rule of VOC2010 and later,
-    `area`. Raises `BadInput` for a class of which `truth` has no object that is not difficult.
+    from 1, to one. Equal scores are ranked in the order of `detections`; by Detectron2 in that of numpy's
+    quicksort, which promises none and moved AP by 0.01 in the mean of made scenes, 0.06 at most. Details have
+    the same by the rule of VOC2010 and later, `area`. Raises `BadInput` for a class of which `truth` has no
+    object that is not difficult.
     """
     _check_voc(truth, classes)
     table = np.array([_class_ap(truth, detections, i) for i in range(len(classes))])

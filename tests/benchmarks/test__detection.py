@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -172,6 +171,14 @@ def test_scores_are_rounded_to_three_decimals_before_they_are_ranked():
     truth = [image("a", ((0, 0, 10, 10), 0, False))]
     wrong, right = detection("a", (40, 0, 50, 10), 0.50004), detection("a", (0, 0, 10, 10), 0.50005)
     assert voc_metrics(truth, [wrong, right], CLASSES[:1])["ap50"] == pytest.approx(50)
+
+
+def test_equal_scores_are_ranked_in_the_order_of_the_file():
+    truth = [image("a", ((0, 0, 10, 10), 0, False), ((20, 0, 30, 10), 0, False))]
+    right = [detection("a", box, 0.5) for box in ((0, 0, 10, 10), (20, 0, 30, 10))]
+    wrong = [detection("a", (40, 0, 50, 10), score) for score in (0.5, 0.6) * 50]
+    assert voc_metrics(truth, right + wrong, CLASSES[:1])["ap50"] == pytest.approx(100 * 2 / 52)
+    assert voc_metrics(truth, wrong + right, CLASSES[:1])["ap50"] == pytest.approx(100 * 2 / 102)
 
 
 def test_a_class_without_objects_has_no_ap():
@@ -490,14 +497,32 @@ def test_missing_detectron2_is_one_sentence(monkeypatch):
         _detection._detectron2_command()
 
 
-def test_a_python_without_detectron2_is_one_sentence(tmp_path, monkeypatch):
-    """The engine's own process says it, and the caller repeats it."""
-    if importlib.util.find_spec("detectron2"):
-        pytest.skip("Detectron2 is installed in this Python")
+@pytest.mark.parametrize("broken", ["numpy", "pydantic", "safetensors", "detectron2", "detectron2._C"])
+def test_a_python_that_cannot_run_detectron2_is_one_sentence(tmp_path, monkeypatch, broken):
+    """It is asked before anything is trained: for what the engine needs from its first line on, and later."""
+    packages = {"detectron2": "__version__ = '0.6'", "detectron2/_C": "", "detectron2/engine": ""}
+    for name, text in {
+        **packages,
+        broken.replace(".", "/"): f"raise ImportError('{broken} is broken')",
+    }.items():
+        module = tmp_path / f"{name}.py" if "/" in name else tmp_path / name / "__init__.py"
+        module.parent.mkdir(exist_ok=True)
+        module.write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("SIMCLR_DETECTRON2_PYTHON", sys.executable)
-    (tmp_path / "spec.json").write_text("{}")
-    with pytest.raises(BadInput, match=r"has no Detectron2.*envs/detectron2\.yaml.*engine: torchvision"):
+    monkeypatch.setattr(_detection, "_call", None)  # nothing is started
+    _detection.check_python.cache_clear()
+    reason = rf"cannot run Detectron2 \(ImportError: {broken} is broken\); create .*envs/detectron2\.yaml"
+    with pytest.raises(BadInput, match=rf"{reason}.*engine: torchvision"):
         _detection._run("detectron2", tmp_path / "spec.json", tmp_path / "result.json")
+
+
+def test_a_python_without_anything_is_one_sentence(tmp_path):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nexit 3\n")
+    python.chmod(0o755)
+    with pytest.raises(BadInput, match=rf"{python} cannot run Detectron2 \(it ended with status 3\); create"):
+        _detection.check_python(str(python))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGALRM])
@@ -513,6 +538,7 @@ def test_an_engine_ends_with_the_step(tmp_path, monkeypatch, number):
         f"pathlib.Path({str(engines)!r}).unlink()"
     )
     monkeypatch.setattr(_detection, "_detectron2_command", lambda: [sys.executable, "-c", program])
+    monkeypatch.setattr(_detection, "check_python", lambda _: None)
 
     def over(*_):
         if number == signal.SIGALRM:
