@@ -29,12 +29,12 @@ PACKAGE = {
 # What the steps of each environment start from; the main one runs all but the code of the other two.
 STARTS = {
     "simclr": sorted(f"simclr.{p.stem}" for p in (ROOT / "simclr").glob("*.py") if p.stem != "__init__")
-    + sorted(f"simclr.benchmarks.{p.stem}" for p in (ROOT / "simclr/benchmarks").glob("[!_]*.py")),
+    + sorted(f"simclr.benchmarks.{p.stem}" for p in (ROOT / "simclr/benchmarks").glob("[!_]*.py"))
+    + ["simclr.benchmarks._detection_torchvision"],
     "detectron2": [
         "simclr.__main__",
         "simclr.benchmarks.voc0712_detection",
         "simclr.benchmarks.coco2017_detection",
-        "simclr.benchmarks._detection_torchvision",
         "simclr.benchmarks._detection_detectron2",
     ],
     "mmseg": [

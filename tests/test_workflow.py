@@ -193,6 +193,32 @@ def test_detection_takes_the_gpus_that_divide_the_images_of_an_iteration(clone):
     }
 
 
+CONDA = """#!/bin/sh
+case "$*" in
+*--version*) echo conda 25.1.0 ;;
+*info*) echo '{"conda_prefix": "/nowhere", "platform": "linux-64", "root_prefix": "/nowhere"}' ;;
+*) echo '{"get": {"channel_priority": "strict"}, "channel_priority": "strict"}' ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("engine", ["torchvision", "detectron2"])
+def test_detection_runs_in_the_environment_of_its_engine(clone, monkeypatch, engine):
+    """Detectron2's, of gigabytes, is made only where it is asked for."""
+
+    def change(content):
+        content["benchmarks"]["voc0712_detection"]["engine"] = engine
+
+    (clone / "bin").mkdir()
+    (clone / "bin/conda").write_text(CONDA)
+    (clone / "bin/conda").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{clone / 'bin'}:{os.environ['PATH']}")
+    record = "results/demo/random_init/voc0712_detection.json"
+    call = snakemake(clone, "-n", record, "--software-deployment-method", "conda", *edited(clone, change))
+    named = set(re.findall(r"^Conda environment .*envs/(\w+)\.yaml will be created", call.said, re.M))
+    assert named == {"simclr"} | ({"detectron2"} if engine == "detectron2" else set()), call.said
+
+
 def test_a_dry_run_prints_the_plan_with_what_earlier_runs_took(clone):
     arguments = edited(clone, lambda content: content["models"]["simclr"].update(gpus=4, nodes=2))
     times = clone / "results/demo/simclr/times"

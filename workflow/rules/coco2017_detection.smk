@@ -18,7 +18,7 @@ rule coco2017_detection_record:
     benchmark:
         "<results>/{model}/times/coco2017_detection.tsv"
     conda:
-        "../../envs/detectron2.yaml"
+        detection_environment("coco2017_detection")
     threads: cores(dividing_gpus("coco2017_detection"))
     resources:
         gpu=dividing_gpus("coco2017_detection"),

@@ -75,6 +75,12 @@ def benchmark_block(name):
     return block
 
 
+def detection_environment(name):
+    """Return the file of the environment that a detection runs in: Detectron2's is for its own engine alone."""
+    config = getattr(CONFIG.benchmarks, name)
+    return f"../../envs/{'simclr' if config and config.engine == 'torchvision' else 'detectron2'}.yaml"
+
+
 def feature_block(wildcards):
     """Return how the features of this dataset are extracted, as JSON."""
     return json.dumps(CONFIG.block("features", wildcards.dataset))

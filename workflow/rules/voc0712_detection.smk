@@ -18,7 +18,7 @@ rule voc0712_detection_record:
     benchmark:
         "<results>/{model}/times/voc0712_detection.tsv"
     conda:
-        "../../envs/detectron2.yaml"
+        detection_environment("voc0712_detection")
     threads: cores(dividing_gpus("voc0712_detection"))
     resources:
         gpu=dividing_gpus("voc0712_detection"),
