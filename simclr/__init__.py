@@ -8,7 +8,7 @@ find what, in the order in which data passes:
 - pretraining: `pretrain`, `model`, `loss`, `optim`, `online_knn`, `training_log`
 - what becomes of a backbone: `checkpoint`, `convert`, `features`
 - the protocols: `benchmarks/`, of `protocol` and `metrics`
-- numbers and page: `results`, `model_zoo`, `render`
+- numbers and page: `results`, `files` (written whole or not at all), `model_zoo`, `render`
 - config and command line: `config`, `schema`, `__main__`
 - machines: `devices`, `distributed`, `rolling` (stopping and going on), `slurm`, `jobs` (plan and summary)
 """

@@ -31,8 +31,8 @@ from tqdm import tqdm
 
 from simclr import BadInput
 from simclr.config import ImportCheckpoint, RandomInit
+from simclr.files import replacing, sha256
 from simclr.model import ResNet, resnet
-from simclr.results import replacing, sha256
 
 # ---------------------------------------------------------------- the backbone file
 

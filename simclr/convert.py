@@ -25,8 +25,8 @@ from simclr.checkpoint import (
     plain_features,
     write_certificate,
 )
+from simclr.files import replacing, sha256
 from simclr.model import STAGES, parse_architecture
-from simclr.results import replacing, sha256
 
 
 class Format(NamedTuple):

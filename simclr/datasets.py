@@ -33,9 +33,10 @@ from PIL import Image, UnidentifiedImageError
 
 from simclr import BadInput
 from simclr.config import Dataset as Block
+from simclr.files import replacing, sha256
 from simclr.layouts import LAYOUTS, READERS, Listing, ranks, wrong_label
 from simclr.paths import Member, Paths, encoded, find_tars, from_arrays
-from simclr.results import DatasetStamp, replacing, sha256
+from simclr.results import DatasetStamp
 
 MANIFEST_VERSION = 1
 VOID = 255  # the label of mask pixels that count for nothing

@@ -29,9 +29,10 @@ from simclr import BadInput, distributed, transforms
 from simclr.checkpoint import Backbone
 from simclr.config import FeatureSet
 from simclr.datasets import Dataset, Images, Samples, samples
+from simclr.files import is_full, locked, replacing, workplace
 from simclr.loading import cores, pieces
 from simclr.model import ResNet, pool
-from simclr.results import DatasetStamp, is_full, locked, replacing, workplace
+from simclr.results import DatasetStamp
 
 # ---------------------------------------------------------------- reading
 

@@ -20,7 +20,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from simclr import BadInput
-from simclr.results import replacing
+from simclr.files import replacing
 
 SBD_FOLDERS = ("benchmark_RELEASE", "VOCaug")  # as its archive names it, and as MMSegmentation does
 PLENTY = 32  # masks from which on it pays to start processes

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError, model_validator
 
-from simclr import BadInput, jobs, results
+from simclr import BadInput, files, jobs, results
 from simclr.benchmarks import BENCHMARKS, load
 from simclr.config import Config
 from simclr.protocol import Closed, Column
@@ -103,7 +103,7 @@ def model_zoo(records: list[Path], config: Config, published: Path, output: Path
         (output, to_markdown(blocks)),
         (output.with_suffix(".html"), to_html(blocks, output.parent)),
     ):
-        with results.replacing(path) as part:
+        with files.replacing(path) as part:
             part.write_text(text)
 
 

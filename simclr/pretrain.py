@@ -22,7 +22,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simclr import BadInput, datasets, devices, distributed, loading, online_knn, results, rolling, stream
+from simclr import (
+    BadInput,
+    datasets,
+    devices,
+    distributed,
+    files,
+    loading,
+    online_knn,
+    results,
+    rolling,
+    stream,
+)
 from simclr.augment import augment
 from simclr.checkpoint import save_backbone
 from simclr.config import Execution, Recipe
@@ -61,7 +72,7 @@ def pretrain(
         raise BadInput(f"--dataset: expected the manifest of {config.dataset}, found that of {dataset.name}")
     with (
         distributed.process_group() as device,
-        results.workplace(work, run_of(config, dataset)) as folder,
+        files.workplace(work, run_of(config, dataset)) as folder,
         rolling.stop_signals() as signals,
     ):
         devices.float32_as_published()
@@ -484,7 +495,7 @@ def record(job: Job, state: dict[str, Any], steps: int, backbone: Path) -> resul
     seconds = state["seconds"]
     knn = [row["knn"] for row in state["rows"] if row["knn"] is not None]
     return results.Pretraining(
-        checkpoint_sha256=results.sha256(backbone),
+        checkpoint_sha256=files.sha256(backbone),
         dataset=job.dataset.dataset,
         recipe=job.config.model_dump(mode="json"),
         execution=job.execution.model_dump(mode="json"),

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from simclr import BadInput, distributed, slurm
-from simclr.results import replacing
+from simclr.files import replacing
 
 KEPT = 2  # the newest, and one to fall back to
 STOPPED = 75  # exit status after being asked to stop: saved, start again to go on (EX_TEMPFAIL of sysexits.h)

@@ -11,8 +11,8 @@ import yaml
 
 from simclr import BadInput, config
 from simclr.benchmarks import BENCHMARKS, load
+from simclr.files import replacing
 from simclr.protocol import Closed, Protocol
-from simclr.results import replacing
 
 BEGIN = "<!-- keys: written by `python -m simclr schema`, not by hand -->"
 

@@ -23,9 +23,9 @@ from tqdm import tqdm
 
 from simclr import BadInput
 from simclr.datasets import Dataset, Samples, samples
+from simclr.files import clear, locked, replacing
 from simclr.layouts import CLASSES
 from simclr.paths import LABEL_SUFFIX, Members, Paths, again, encoded, key, scan, tar_name
-from simclr.results import clear, locked, replacing
 
 MAX_SHARDS = 1000  # a reader keeps all of them open, and may by default open 1,024 files
 AHEAD = 256  # images read at a time, to hide the latency of a network file system

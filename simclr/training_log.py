@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from simclr import devices, distributed
-from simclr.results import replacing
+from simclr.files import replacing
 
 ROWS = 1000  # of pretrain.csv, at most (and one more)
 SHOW_SECONDS = 10  # between two lines where there is no terminal

@@ -31,8 +31,8 @@ from simclr.checkpoint import (
     save_backbone,
 )
 from simclr.config import ImportCheckpoint, RandomInit
+from simclr.files import sha256
 from simclr.model import resnet
-from simclr.results import sha256
 
 TINY = "resnet18_w0.125"
 METADATA = {"architecture": TINY, "recipe": "simclr", "epochs": "2", "source": "a test"}

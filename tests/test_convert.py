@@ -13,7 +13,7 @@ from simclr import BadInput, convert
 from simclr.__main__ import main
 from simclr.checkpoint import Backbone, certificate_path, random_init, save_backbone
 from simclr.config import RandomInit
-from simclr.results import sha256
+from simclr.files import sha256
 
 ARCHITECTURES = ("resnet18_w0.125", "resnet50_w0.125")
 

@@ -26,8 +26,9 @@ from simclr.config import Dataset as Block
 from simclr.config import FeatureSet
 from simclr.datasets import Dataset, Samples, decode, samples, verify
 from simclr.features import Features, extract
+from simclr.files import locked
 from simclr.model import pool, resnet
-from simclr.results import locked, provenance
+from simclr.results import provenance
 
 ARCHITECTURE = "resnet18_w0.125"
 SMALL = {"resize": 40, "crop": 32, "pooling": "adaptive"}

@@ -30,6 +30,7 @@ from simclr import (
     config,
     datasets,
     distributed,
+    files,
     loading,
     pretrain,
     results,
@@ -310,7 +311,7 @@ def test_another_recipe_starts_afresh_and_both_runs_are_kept_apart(finished, man
 
 
 def _hold(work, run, ready):
-    with results.workplace(work, run):
+    with files.workplace(work, run):
         ready.set()
         signal.pause()
 
@@ -328,7 +329,7 @@ def test_a_second_run_in_the_same_folder_is_refused(manifest, tmp_path):
     finally:
         first.kill()
         first.join()
-    with results.workplace(tmp_path / "work", run):
+    with files.workplace(tmp_path / "work", run):
         pass
 
 

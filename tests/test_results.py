@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from simclr import BadInput, benchmarks, results
+from simclr import BadInput, benchmarks, files, results
 from simclr.benchmarks import imagenet_knn
 from simclr.protocol import Metrics
 
@@ -107,11 +107,11 @@ def test_details_that_json_cannot_hold_leave_the_old_record(tmp_path, monkeypatc
 
 def test_replacing_is_whole_or_nothing(tmp_path):
     path = tmp_path / "deep/file.txt"
-    with results.replacing(path) as part:
+    with files.replacing(path) as part:
         part.write_text("old")
 
     def fail() -> None:
-        with results.replacing(path) as part:
+        with files.replacing(path) as part:
             part.write_text("half of the n")
             raise KeyboardInterrupt
 
@@ -144,7 +144,7 @@ def test_another_error_is_not_taken_for_a_full_disk(tmp_path, error):
 
 
 def _write_and_raise(path, error):
-    with results.replacing(path) as part:
+    with files.replacing(path) as part:
         part.write_text("half")
         raise error
 

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simclr import BadInput
-from simclr.results import clear, locked, replacing, workplace
+from simclr.files import clear, locked, replacing, workplace
 
 if TYPE_CHECKING:
     from PIL import Image

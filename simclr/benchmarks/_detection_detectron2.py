@@ -159,7 +159,7 @@ def _work(spec: Json, folder: Path) -> None:
 
 
 def _write(path: Path, content: Json) -> None:
-    from simclr.results import replacing
+    from simclr.files import replacing
 
     with replacing(path) as part:
         part.write_text(json.dumps(content, allow_nan=False))

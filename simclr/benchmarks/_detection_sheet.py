@@ -10,7 +10,7 @@ from PIL import Image, ImageColor, ImageDraw
 from pycocotools import mask as coco
 
 from simclr.datasets import decode
-from simclr.results import replacing
+from simclr.files import replacing
 
 Json = dict[str, Any]
 TILE, HEADER = 320, 20  # pixels: longer edge of an image, height of the headings

@@ -31,14 +31,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 
-from simclr import BadInput, checkpoint, rolling
+from simclr import BadInput, checkpoint, loading, rolling
 from simclr.benchmarks import _detection
 from simclr.benchmarks._detection_model import Detector, Res5, build, detector_key, not_empty, paste_mask
 from simclr.devices import float32_as_published, peak_memory_gb
 from simclr.distributed import any_rank, process_group, rank, sync_batchnorm, world_size
-from simclr.results import replacing
-from simclr.stream import ending
-from simclr.stream import workers as deaf_workers
+from simclr.files import replacing
 
 Json = dict[str, Any]
 REPORT_EVERY = 20  # iterations, as Detectron2
@@ -234,7 +232,7 @@ def loader(spec: Json, stream: int, start: int, device: torch.device) -> DataLoa
         batch_sampler=sampler,
         collate_fn=list,
         pin_memory=device.type == "cuda",
-        **deaf_workers(workers(device)),
+        **loading.workers(workers(device)),
     )
 
 
@@ -304,7 +302,10 @@ def train(detector: Detector, spec: Json, folder: Path) -> None:
         for key, part in parts.items():
             part.load_state_dict(state[key])
     last, every = config["iterations"], config["checkpoint_every"]
-    with rolling.stop_signals() as signals, ending(loader(spec, TRAINING, progress.start, device)) as stream:
+    with (
+        rolling.stop_signals() as signals,
+        loading.ending(loader(spec, TRAINING, progress.start, device)) as stream,
+    ):
         for iteration in range(progress.start, last):
             lr = set_lr(optimizer, config, iteration)
             torch.manual_seed(seed_of(spec["seed"], TRAINING, iteration))
@@ -320,7 +321,7 @@ def train(detector: Detector, spec: Json, folder: Path) -> None:
                 rolling.stop(f"after iteration {done} of {last}", signals)
     if config["precise_bn"]:
         torch.manual_seed(seed_of(spec["seed"], PRECISE_BN, 0))
-        with ending(loader(spec, PRECISE_BN, 0, device)) as stream:
+        with loading.ending(loader(spec, PRECISE_BN, 0, device)) as stream:
             fresh = (on(device, batch) for batch in stream)
             precise_bn(model, itertools.islice(fresh, config["precise_bn"]))
     if rank() == 0:

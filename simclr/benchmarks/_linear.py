@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
-from simclr import BadInput, devices, distributed, results, rolling
+from simclr import BadInput, devices, distributed, files, rolling
 from simclr.benchmarks._images import (
     Images,
     Transform,
@@ -87,7 +87,7 @@ def at_work(work: Path, config: Training, backbone: Backbone, dataset: Dataset) 
     }
     with (
         distributed.process_group() as device,
-        results.workplace(work, run) as folder,
+        files.workplace(work, run) as folder,
         rolling.stop_signals() as signals,
     ):
         devices.float32_as_published()
@@ -410,7 +410,7 @@ def linear_evaluation(
             arguments = (frozen, config.micro_batch)
             learnt = fit(job, model, optimizer(model.parameters()), data, schedule, *arguments)
             metrics = accuracy(job, model, test, *arguments)
-        if results.sha256(backbone.path) != backbone.checkpoint_sha256:
+        if files.sha256(backbone.path) != backbone.checkpoint_sha256:
             raise BadInput(
                 f"{backbone.path}: replaced during the training; start again to evaluate what is there now"
             )

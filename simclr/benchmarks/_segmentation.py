@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from simclr import BadInput, devices, distributed, loading, results, rolling
+from simclr import BadInput, devices, distributed, files, loading, rolling
 from simclr.benchmarks import _segmentation_sheet as sheet
 from simclr.benchmarks._mmseg import (
     DATASETS,
@@ -38,8 +38,8 @@ from simclr.benchmarks._mmseg import (
 )
 from simclr.benchmarks._segmentation_config import check_dataset, settings
 from simclr.datasets import decode
+from simclr.files import replacing
 from simclr.protocol import Metrics
-from simclr.results import replacing
 
 if TYPE_CHECKING:
     from simclr.benchmarks.voc12aug_segmentation import Config
@@ -70,7 +70,7 @@ def evaluate(
     run's checkpoint, or another process works on the same run.
     """
     run = inputs_of(backbone, dataset, config)
-    with distributed.process_group() as device, results.workplace(work, run) as folder:
+    with distributed.process_group() as device, files.workplace(work, run) as folder:
         devices.float32_as_published()
         job = Job(config, dataset, run, folder, device)
         base = settings(config, backbone.architecture, dataset, folder, device.type)
@@ -393,7 +393,7 @@ class AreaMetric(IoUMetric):
         for image in self.results:
             areas += torch.stack(image).long().cpu()
         images = torch.tensor(len(self.results))
-        self.results.clear()
+        self.files.clear()
         areas, images = (distributed.total(distributed.on_device(each)).tolist() for each in (areas, images))
         names = ("intersection", "union", "prediction", "truth")
         return {"classes": classes, "images": images, **dict(zip(names, areas, strict=True))}

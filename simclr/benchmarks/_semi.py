@@ -26,7 +26,7 @@ from simclr.benchmarks._linear import (
     synchronised,
 )
 from simclr.datasets import Samples
-from simclr.results import replacing
+from simclr.files import replacing
 from simclr.training_log import Row
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from mmseg.registry import DATASETS
 from PIL import Image
 from safetensors.torch import save_file
 
-from simclr import BadInput, datasets, distributed, results, rolling
+from simclr import BadInput, datasets, distributed, files, results, rolling
 from simclr.__main__ import main
 from simclr.benchmarks import _segmentation, _segmentation_config
 from simclr.benchmarks.voc12aug_segmentation import Config, evaluate
@@ -163,7 +163,7 @@ class Payload:
 
 def run_folder(work, backbone, dataset, config):
     """The folder of a run, made."""
-    with results.workplace(work, _segmentation.inputs_of(backbone, dataset, config)) as folder:
+    with files.workplace(work, _segmentation.inputs_of(backbone, dataset, config)) as folder:
         return folder
 
 

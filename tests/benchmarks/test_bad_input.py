@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from simclr import checkpoint, config, features, results
+from simclr import checkpoint, config, features, files, results
 from simclr.__main__ import main
 from simclr.benchmarks import imagenet_semi, inat18_mhead, places205_mhead, voc12aug_segmentation
 from simclr.model import resnet
@@ -483,7 +483,7 @@ def test_the_checkpoint_of_another_segmentation_is_refused(dataset, small_backbo
     opened = dataset("voc12aug")
     values = voc12aug_segmentation.Config(iterations=3)
     run = _segmentation.inputs_of(small_backbone, opened, values)
-    with results.workplace(tmp_path / "work", run) as folder:
+    with files.workplace(tmp_path / "work", run) as folder:
         other = {**run, "config": {**run["config"], "iterations": 2}}
         torch.save({"run": other, "cost": {}, "state_dict": {}, "meta": {}}, folder / "iter_000000002.pth")
     arguments = {
