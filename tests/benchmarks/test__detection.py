@@ -667,17 +667,35 @@ def backbone(tmp_path, weights):
     return checkpoint.Backbone.open(path)
 
 
+def launch(processes):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+
+
 def test_two_processes_on_the_cpu_do_what_one_does(tmp_path, backbone):
-    """They train, gather what they detected, and leave the same kind of record."""
-    launchers = ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"])
+    """They take the same step, gather what they detected, and leave the same kind of record.
+
+    No region is left to chance, which each process draws from a seed of its own, and all images have equally
+    many, as each process takes the mean over its own. The network multiplies what rounding leaves: the two
+    steps differ by less than 5 % of their length, and by all of it where a process is left out.
+    """
     environment = {**os.environ, "PYTHONPATH": str(Path(engine.__file__).parents[2])}
-    results = []
-    for count, launcher in enumerate(launchers, 1):
-        spec, file = prepared_files(backbone, Coco(**TINY), tmp_path / str(count))
-        command = [sys.executable, *launcher, "-m", engine.__name__, str(spec), str(file)]
+    all_regions = {"rpn_batch": 10_000, "rpn_post_nms": [4, 8], "roi_batch": 100}
+    step = {"iterations": 1, "lr": 0.001, "warmup_iterations": 0}
+    prepared, _ = prepared_files(backbone, Config(**TINY | all_regions | step), tmp_path / "images")
+    spec, results, weights = json.loads(prepared.read_text()), [], []
+    for name, launcher in {"one": [sys.executable], "two": launch(2)}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "spec.json").write_text(json.dumps({**spec, "folder": str(folder)}))
+        command = [*launcher, "-m", engine.__name__, folder / "spec.json", folder / "result.json"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
-        results.append(json.loads(file.read_text()))
+        results.append(json.loads((folder / "result.json").read_text()))
+        weights.append(torch.load(folder / "trained.pt")["model"])
+    before = engine.make(spec, torch.device("cpu"))[0].state_dict()
+    for key in (key for key, value in before.items() if value.is_floating_point()):
+        a, b = (after[key] - before[key] for after in weights)
+        assert (a - b).norm() < 0.2 * a.norm(), key
     one, two = results
     assert [result["usage"]["processes"] for result in results] == [1, 2]
     assert one["load"] == two["load"]
@@ -715,10 +733,6 @@ def test_a_training_that_is_asked_to_stop_saves_at_once(tmp_path, backbone, monk
         engine.run(spec)
         assert signal.alarm(0) > 900
     assert done == list(range(TINY["iterations"]))
-
-
-def launch(processes):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
 
 
 @pytest.mark.parametrize(
