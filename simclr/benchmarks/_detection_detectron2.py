@@ -395,7 +395,9 @@ def make_trainer(cfg: Any, run: Json) -> Any:
 
         @classmethod
         def build_train_loader(cls, cfg: Any) -> Any:
-            return build_detection_train_loader(cfg, mapper=mapper(cfg, is_train=True))
+            loader = build_detection_train_loader(cfg, mapper=mapper(cfg, is_train=True))
+            loader.dataset.worker_init_fn = reseeded_and_deaf
+            return loader
 
         @classmethod
         def build_test_loader(cls, cfg: Any, name: str) -> Any:
@@ -408,9 +410,22 @@ def make_trainer(cfg: Any, run: Json) -> Any:
 
         def train(self) -> None:
             with rolling.stop_signals() as self.signals:
-                super().train()
+                try:
+                    super().train()
+                finally:
+                    self._trainer._data_loader_iter.close()  # ends the workers
 
     return Trainer(cfg)
+
+
+def reseeded_and_deaf(worker: int) -> None:
+    """Make a loader's worker draw as Detectron2's, and leave to the training what is done about a signal."""
+    from detectron2.data.build import worker_init_reset_seed
+
+    from simclr import loading
+
+    worker_init_reset_seed(worker)
+    loading.ignore_signals(worker)
 
 
 def make_checkpoints(cfg: Any, run: Json) -> Any:

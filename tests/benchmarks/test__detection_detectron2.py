@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -459,6 +460,28 @@ def test_a_full_disk_is_one_sentence(prepared, monkeypatch):
     monkeypatch.setattr(results.os, "fsync", full)
     with pytest.raises(BadInput, match="No space left on device; free some"):
         engine.worker(spec)
+
+
+@pytest.mark.usefixtures("unregister")
+def test_a_loaders_workers_leave_a_signal_to_the_training(prepared):
+    """A cluster signals all processes of a job."""
+    spec = json.loads(prepared(DETECTORS["c4"])[0].read_text())
+    engine.register(spec)
+    cfg = engine.configure(spec, "cpu").clone()
+    cfg.defrost()
+    cfg.DATALOADER.NUM_WORKERS = 2
+    trainer = engine.make_trainer(cfg, spec["run"])
+    batches = trainer._trainer._data_loader_iter
+    next(batches)
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    for _ in range(20):
+        next(batches)
+    assert (len(workers), all(worker.is_alive() for worker in workers)) == (2, True)
+    trainer.max_iter = trainer.start_iter
+    trainer.train()
+    assert not any(worker.is_alive() for worker in workers)
 
 
 @pytest.mark.usefixtures("unregister")
