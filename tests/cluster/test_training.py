@@ -10,14 +10,14 @@ from typing import Any
 from cluster import Cluster, Run, running, until
 
 BACKBONE = "results/tiny/tiny/backbone.safetensors"
-STEP = 0.25  # seconds
+STEPS, STEP = 40, 0.25  # of at least so many seconds: ten for what a test does meanwhile
 
 
-def pretraining(steps: int, gpus: int = 0, nodes: int = 1) -> dict[str, Any]:
-    """Return the config block of one model that is pretrained in so many steps."""
+def pretraining(gpus: int = 0, nodes: int = 1) -> dict[str, Any]:
+    """Return the config block of one model that is pretrained in STEPS steps."""
     recipe = {
         "architecture": "resnet18_w0.125",
-        "epochs": steps // 10,
+        "epochs": STEPS // 10,
         "batch_size": 6,
         "projector": [16, 8],
         "warmup_epochs": 1,
@@ -44,16 +44,16 @@ def goes_on(clone: Path) -> int:
     return int(found[1])
 
 
-def trained_to_the_end(clone: Path, run: Run, steps: int) -> None:
+def trained_to_the_end(clone: Path, run: Run) -> None:
     assert run.ends() == 0, run.said
     record = json.loads((clone / BACKBONE).with_name("pretrain.json").read_text())
-    assert record["steps"] == steps
+    assert record["steps"] == STEPS
     assert run.said.count("has been submitted with SLURM jobid") == 1  # what goes on is the same job
 
 
 def test_a_time_limit_ends_no_training(idle, clone, configured):
-    steps, hold = 40, clone / "hold"
-    arguments = (BACKBONE, *configured(pretraining(steps, gpus=2)), "--set-resources", "pretrain:runtime=1")
+    hold = clone / "hold"
+    arguments = (BACKBONE, *configured(pretraining(gpus=2)), "--set-resources", "pretrain:runtime=1")
     with running(idle, clone, *arguments, step_seconds=STEP, hold=hold) as run:
         job = trains(idle, clone, run)
         hold.touch()
@@ -61,24 +61,22 @@ def test_a_time_limit_ends_no_training(idle, clone, configured):
         hold.unlink()
         assert goes_on(clone) > 0
         idle("scontrol", "update", f"JobId={job}", "TimeLimit=10")  # one turn more is enough
-        trained_to_the_end(clone, run, steps)
+        trained_to_the_end(clone, run)
 
 
 def test_a_training_makes_way_for_an_urgent_job_and_goes_on_after_it(idle, clone, configured):
-    steps = 60
-    arguments = (BACKBONE, *configured(pretraining(steps, gpus=2, nodes=2)))
+    arguments = (BACKBONE, *configured(pretraining(gpus=2, nodes=2)))
     with running(idle, clone, *arguments, step_seconds=STEP) as run:
         job = trains(idle, clone, run)
         urgent = ("-p", "urgent", "-w", "gn2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 2")
         idle("sbatch", *urgent)
         until(lambda: idle.jobs()[job] == "PENDING", "the training has made way")
         assert goes_on(clone) > 0
-        trained_to_the_end(clone, run, steps)
+        trained_to_the_end(clone, run)
 
 
 def test_a_training_goes_on_elsewhere_when_its_node_dies(idle, clone, configured):
-    steps = 40
-    arguments = (BACKBONE, *configured(pretraining(steps)))
+    arguments = (BACKBONE, *configured(pretraining()))
     with running(idle, clone, *arguments, step_seconds=STEP, save_seconds=0) as run:
         job = trains(idle, clone, run)
         work = clone / "results/tiny/tiny/work/pretrain"
@@ -89,12 +87,12 @@ def test_a_training_goes_on_elsewhere_when_its_node_dies(idle, clone, configured
         idle("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=dead")
         assert goes_on(clone) > 0
         assert idle("squeue", "-h", "-j", job, "-o", "%N") not in ("", node)
-        trained_to_the_end(clone, run, steps)
+        trained_to_the_end(clone, run)
 
 
 def test_jobs_of_a_snakemake_that_was_killed_are_not_started_twice(idle, clone, configured):
     other = {"other": {"gpus": 0, "random_init": {"architecture": "resnet18_w0.125"}}}
-    arguments, earlier = (BACKBONE, *configured(pretraining(40) | other)), set(idle.jobs())
+    arguments, earlier = (BACKBONE, *configured(pretraining() | other)), set(idle.jobs())
     hold = clone / "hold"
     with running(idle, clone, *arguments, step_seconds=STEP, hold=hold) as run:
         job = trains(idle, clone, run)
@@ -123,7 +121,7 @@ def test_jobs_of_a_snakemake_that_was_killed_are_not_started_twice(idle, clone, 
 
 
 def test_what_a_killed_snakemake_left_incomplete_is_done_again(idle, clone, configured):
-    arguments = (BACKBONE, *configured(pretraining(steps := 40)))
+    arguments = (BACKBONE, *configured(pretraining()))
     with running(idle, clone, *arguments, step_seconds=STEP) as run:
         job = trains(idle, clone, run)
         run.process.kill()
@@ -133,4 +131,4 @@ def test_what_a_killed_snakemake_left_incomplete_is_done_again(idle, clone, conf
         assert unlocking.ends() == 0
     with running(idle, clone, *arguments) as run:
         assert goes_on(clone) > 0
-        trained_to_the_end(clone, run, steps)
+        trained_to_the_end(clone, run)
