@@ -131,7 +131,7 @@ def test_replacing_is_whole_or_nothing(tmp_path):
     ],
 )
 def test_a_full_disk_is_said_and_leaves_no_part(tmp_path, monkeypatch, error, free):
-    monkeypatch.setattr(results.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     with pytest.raises(BadInput, match=r"a\.json: No space left on device; free some"):
         _write_and_raise(tmp_path / "a.json", error)
     assert list(tmp_path.iterdir()) == []

@@ -393,7 +393,7 @@ class AreaMetric(IoUMetric):
         for image in self.results:
             areas += torch.stack(image).long().cpu()
         images = torch.tensor(len(self.results))
-        self.files.clear()
+        self.results.clear()
         areas, images = (distributed.total(distributed.on_device(each)).tolist() for each in (areas, images))
         names = ("intersection", "union", "prediction", "truth")
         return {"classes": classes, "images": images, **dict(zip(names, areas, strict=True))}

@@ -32,7 +32,7 @@ from test__detection import (
     spec_of,
 )
 
-from simclr import BadInput, checkpoint, convert, results, rolling
+from simclr import BadInput, checkpoint, convert, files, rolling
 from simclr.benchmarks import _detection
 from simclr.benchmarks import _detection_detectron2 as engine
 from simclr.benchmarks import _detection_torchvision as peer
@@ -457,7 +457,7 @@ def test_a_full_disk_is_one_sentence(prepared, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     spec = json.loads(prepared(DETECTORS["c4"])[0].read_text())
-    monkeypatch.setattr(results.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(BadInput, match="No space left on device; free some"):
         engine.worker(spec)
 

@@ -413,7 +413,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path, backbone, dataset):
     voc, config = dataset("voc12aug"), Config(**TINY)
     folder = run_folder(tmp_path, backbone, voc, config)
     hold = (
-        "import sys; from simclr.results import locked\nwith locked(sys.argv[1]): print(flush=True); input()"
+        "import sys; from simclr.files import locked\nwith locked(sys.argv[1]): print(flush=True); input()"
     )
     command = [sys.executable, "-c", hold, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
