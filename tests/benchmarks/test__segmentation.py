@@ -412,9 +412,7 @@ def test_a_run_has_its_own_folder(tmp_path, backbone, dataset):
 def test_two_runs_in_one_folder_are_refused(tmp_path, backbone, dataset):
     voc, config = dataset("voc12aug"), Config(**TINY)
     folder = run_folder(tmp_path, backbone, voc, config)
-    hold = (
-        "import sys; from simclr.files import locked\nwith locked(sys.argv[1]): print(flush=True); input()"
-    )
+    hold = "import sys; from simclr.files import locked\nwith locked(sys.argv[1]): print(flush=True); input()"
     command = [sys.executable, "-c", hold, str(folder)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"\n"
