@@ -367,6 +367,32 @@ class Model(Closed):
 
 SOURCES = ("pretrain", "import_checkpoint", "random_init")
 
+
+def misfit(recipe: Recipe, execution: Execution, processes: int, images: int) -> str | None:
+    """Return why the recipe's batch does not fit so many processes or training images; None where it does."""
+    batch, wanted = recipe.batch_size, execution.micro_batch
+    if images < batch:
+        return (
+            f"batch_size: expected at most the {images} images of {recipe.dataset}'s train split, found "
+            f"{batch}; lower batch_size"
+        )
+    micro_batch = min(wanted or batch, batch // processes) if batch % processes == 0 else 1
+    at_once = processes * micro_batch
+    if batch % at_once:
+        pieces = f" × execution.micro_batch {micro_batch}" if wanted else ""
+        return (
+            f"batch_size: expected a multiple of the {processes} processes{pieces}, found {batch}; "
+            f"change batch_size or the number of GPUs{' or micro_batch' if wanted else ''}"
+        )
+    if recipe.batch_norm == "whole_batch" and at_once < batch:
+        return (
+            f"execution.micro_batch: {processes} × {micro_batch} images pass at a time, but the recipe wants "
+            f"BatchNorm's statistics of all {batch}; set micro_batch: null and take more GPUs, "
+            "or set batch_norm: micro_batch in the recipe, which makes it another one"
+        )
+    return None
+
+
 # ---------------------------------------------------------------- the whole file
 
 Benchmarks = create_model(
@@ -424,6 +450,15 @@ class Config(Closed):
         for name, model in self.models.items():
             if model.pretrain and self.dataset(model.pretrain.dataset) is None:
                 raise ValueError(f"models.{name}.pretrain needs datasets.{model.pretrain.dataset}.root")
+        return self
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> Config:
+        for name, model in self.models.items():
+            if model.pretrain:
+                images = self.dataset(model.pretrain.dataset).images["train"]
+                if fault := misfit(model.pretrain, model.execution, max(1, model.gpus), images):
+                    raise ValueError(f"models.{name}: {fault}")
         return self
 
     def dataset(self, name: str) -> Dataset | None:

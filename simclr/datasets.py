@@ -141,8 +141,10 @@ class Dataset:
             manifest = json.loads(path.read_text())
         except FileNotFoundError as error:
             raise BadInput(f"{path}: no such manifest; {again}") from error
-        except json.JSONDecodeError as error:
-            raise BadInput(f"{path}: not valid JSON ({error}); {again}") from error
+        except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+            raise BadInput(
+                f"{path}: expected a manifest in JSON, found something else ({error}); {again}"
+            ) from error
         if not isinstance(manifest, dict) or manifest.get("manifest_version") != MANIFEST_VERSION:
             raise BadInput(f"{path}: not a dataset manifest of version {MANIFEST_VERSION}; {again}")
         root = Path(manifest["root"])

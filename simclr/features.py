@@ -107,7 +107,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
     again = f"delete it and run `snakemake {folder}`"
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         what = "half-written features (no manifest.json)" if folder.is_dir() else "no such features folder"
         raise BadInput(f"{folder}: {what}; {again}") from error
     except json.JSONDecodeError as error:

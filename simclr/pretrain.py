@@ -36,7 +36,7 @@ from simclr import (
 )
 from simclr.augment import augment
 from simclr.checkpoint import save_backbone
-from simclr.config import Execution, Recipe
+from simclr.config import Execution, Recipe, misfit
 from simclr.datasets import Dataset
 from simclr.loss import nt_xent
 from simclr.model import projector, resnet
@@ -377,26 +377,9 @@ def announce(job: Job, step: int, steps: int, images: int) -> None:
 
 def count_steps(job: Job, images: int) -> int:
     """Return the steps per epoch; raises `BadInput` for a batch that does not fit images and processes."""
-    config, wanted, world = job.config, job.execution.micro_batch, distributed.world_size()
-    if images < config.batch_size:
-        raise BadInput(
-            f"batch_size: expected at most the {images} images of {config.dataset}'s train split, found "
-            f"{config.batch_size}; lower batch_size"
-        )
-    micro_batch = job.micro_batch if config.batch_size % world == 0 else 1
-    at_once = world * micro_batch
-    if config.batch_size % at_once:
-        pieces = f" × execution.micro_batch {micro_batch}" if wanted else ""
-        raise BadInput(
-            f"batch_size: expected a multiple of the {world} processes{pieces}, found {config.batch_size}; "
-            f"change batch_size or the number of GPUs{' or micro_batch' if wanted else ''}"
-        )
-    if config.batch_norm == "whole_batch" and at_once < config.batch_size:
-        raise BadInput(
-            f"execution.micro_batch: {world} × {micro_batch} images pass at one time, but the recipe wants "
-            f"BatchNorm's statistics of all {config.batch_size}; set micro_batch: null and take more GPUs, "
-            "or set batch_norm: micro_batch in the recipe, which makes it another one"
-        )
+    config = job.config
+    if fault := misfit(config, job.execution, distributed.world_size(), images):
+        raise BadInput(fault)
     return images // config.batch_size if config.drop_last else math.ceil(images / config.batch_size)
 
 

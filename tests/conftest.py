@@ -22,7 +22,7 @@ DEMO_CONFIG = Path(__file__).parent.parent / "config/demo.yaml"
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU; run with `pytest -m gpu`")
-    if "gpu" not in config.option.markexpr:
+    if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 

@@ -468,7 +468,7 @@ def test_micro_batches_of_one_process_train_the_weights_of_several(
 def test_micro_batches_are_refused_where_the_recipe_wants_whole_batches(manifest, tmp_path):
     execution = Execution(micro_batch=4)
     with pytest.raises(
-        BadInput, match=r"1 × 4 images pass at one time, .* statistics of all 8; set micro_batch"
+        BadInput, match=r"1 × 4 images pass at a time, .* statistics of all 8; set micro_batch"
     ):
         pretrain.count_steps(_job(tmp_path, manifest, execution=execution), IMAGES)
     in_pieces = RECIPE.model_copy(update={"batch_norm": "micro_batch"})

@@ -437,6 +437,9 @@ def test_every_job_with_gpus_takes_its_turn(clone):
     with_gpus = [line for line in resources if re.search(r"\bgpu=[1-9]", line)]
     assert len(with_gpus) > 50
     assert all("gpu_jobs=1" in line for line in with_gpus)
+    assert not any(
+        "gpu_jobs=1" in line for line in resources if line not in with_gpus and "gres=" not in line
+    )
 
 
 def partitions(folder: Path, **limits: dict[str, int | str]) -> str:
@@ -458,7 +461,7 @@ def test_no_job_asks_for_more_than_the_site_gives(clone, monkeypatch):
     assert max(int(re.search(r"runtime=(\d+)", line)[1]) for line in of_gpus) == 24 * 60
     assert max(int(re.search(r"mem_mb=(\d+)", line)[1]) for line in of_gpus) == 90_000
     plan = re.search(r"^plan .*?^total.*?$", call.said, re.M | re.S)[0]
-    hours = float(re.search(r"^pretrain +5 +8 +([\d,]+)", plan, re.M)[1])
+    hours = float(re.search(r"^pretrain +5 +8 to 16 +([\d,]+)", plan, re.M)[1])
     assert hours > 5 * 24  # in several turns
 
 
@@ -473,13 +476,13 @@ def test_a_job_asks_for_what_one_partition_with_its_gpus_gives(clone, monkeypatc
     }
     monkeypatch.setenv("SNAKEMAKE_SLURM_PARTITIONS", partitions(clone, **site))
 
-    def asked(**machine):
+    def asked(*options, **machine):
         def long(content):
             content["models"]["simclr"].update(machine)
             content["models"]["simclr"]["pretrain"]["epochs"] = 100_000_000
 
         target = "results/demo/simclr/backbone.safetensors"
-        said = snakemake(clone, "-n", target, *edited(clone, long)).said
+        said = snakemake(clone, "-n", target, *options, *edited(clone, long)).said
         found = re.search(r"^rule pretrain.*?resources: (.*?)$", said, re.M | re.S)
         return said if found is None else dict(re.findall(r"(mem_mb|runtime)=(\d+)", found[1]))
 
@@ -487,7 +490,56 @@ def test_a_job_asks_for_what_one_partition_with_its_gpus_gives(clone, monkeypatc
     assert asked(gpus=4) == {"mem_mb": "67000", "runtime": str(7 * 24 * 60)}
     assert asked(gpus=8, nodes=2) == {"mem_mb": "67000", "runtime": str(7 * 24 * 60)}
     assert asked(gpus=0)["runtime"] == "120"
-    assert "no partition takes 16 GPUs of a node: the largest max_gpu is 8; give" in asked(gpus=16)
+    assert asked(gpus=16)["runtime"].isdecimal()  # on this machine
+    refusal = (
+        "no partition takes 1 nodes with 16 GPUs and 8 cores for each: the largest max_gpu is 8; give the"
+    )
+    assert refusal in asked("--profile", "slurm", gpus=16)
+
+
+def test_nodes_and_cores_for_each_gpu_decide_about_the_partition_too(clone, monkeypatch):
+    site = {
+        "one_node": {"max_gpu": 8, "max_nodes": 1, "max_runtime": "7d"},
+        "few_cores": {"max_gpu": 8, "max_cpus_per_gpu": 4, "max_runtime": "6d"},
+        "gpu": {"max_gpu": 8, "max_runtime": "1d"},
+        "cpu": {"max_gpu": 0, "max_runtime": 12},
+    }
+    monkeypatch.setenv("SNAKEMAKE_SLURM_PARTITIONS", partitions(clone, **site))
+    minutes = {}
+    for nodes in (1, 2):
+        change = {"gpus": 16, "nodes": nodes} if nodes > 1 else {"gpus": 8}
+        arguments = edited(clone, lambda c, change=change: lengthened(c, change))
+        said = snakemake(clone, "-n", "all", *arguments).said
+        for rule in ("pretrain", "pretrain_over_nodes", "imagenet_knn_record"):
+            of_rule = (
+                rf"^rule {rule}:\n(?:    .*\n)*?    wildcards: model=simclr\n(?:    .*\n)*?    resources: .*"
+            )
+            found = re.search(rf"{of_rule}runtime=(\d+)", said, re.M)
+            minutes[rule, nodes] = found and int(found[1])
+    day = 24 * 60
+    assert (minutes["pretrain", 1], minutes["pretrain_over_nodes", 2]) == (7 * day, day)
+    assert minutes["imagenet_knn_record", 1] > 12  # it takes a GPU, so the CPUs' limit is not its own
+
+
+def lengthened(content: dict, machine: dict) -> None:
+    content["models"]["simclr"].update(machine)
+    content["models"]["simclr"]["pretrain"]["epochs"] = 100_000_000
+    content["datasets"]["imagenet"]["images"]["val"] = 6_000
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"max_gpus": 8}, "unexpected keyword argument 'max_gpus'"),
+        ({"max_gpu": 8, "max_mem_mb": "900G"}, "max_mem_mb: expected a number of MB, found 900G"),
+        ({"max_gpu": 8, "max_runtime": "UNLIMITED"}, "UNLIMITED"),
+    ],
+)
+def test_a_mistake_in_the_file_of_partitions_is_said_with_its_name(clone, monkeypatch, limits, said):
+    monkeypatch.setenv("SNAKEMAKE_SLURM_PARTITIONS", file := partitions(clone, gpu=limits))
+    call = snakemake(clone, "-n", "imagenet_knn", *DEMO)
+    assert call.status == 1
+    assert re.search(rf"{re.escape(file)}: .*{re.escape(said)}", call.said)
 
 
 @pytest.fixture
@@ -595,6 +647,10 @@ def test_a_key_that_stands_twice_ends_before_any_job(clone):
         (
             lambda c: c["models"]["simclr"].update(gpus=3, nodes=2),
             "models.simclr: gpus: expected a multiple of the 2 nodes, found 3",
+        ),
+        (
+            lambda c: c["models"]["simclr"].update(gpus=7),
+            "models.simclr: batch_size: expected a multiple of the 7 processes, found 256; change",
         ),
         (
             lambda c: c["models"]["simclr"].update(gpus="two"),

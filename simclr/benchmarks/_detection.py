@@ -422,7 +422,7 @@ def refusing(folder: Path) -> Iterator[None]:
     try:
         try:
             yield
-        except torch.OutOfMemoryError as error:
+        except torch.cuda.OutOfMemoryError as error:
             said = str(error).split(". ")[0]
             raise BadInput(
                 f"the GPU has too little memory ({said}); let `gpus` of the model be more, or set "

@@ -114,10 +114,14 @@ def test_a_frozen_backbone_learns_nothing_and_bfloat16_is_near(network):
 def test_bfloat16_is_only_for_gpus_and_is_recorded(tmp_path):
     config = CONFIG.model_copy(update={"precision": "bfloat16"})
     assert job(tmp_path, config).machine == {"processes": 1, "precision": "float32"}
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
-        on_gpu = job(tmp_path, config)._replace(device=torch.device("cuda"))
-        assert on_gpu.machine == {"processes": 1, "precision": "bfloat16"}
-        assert not on_gpu._replace(config=CONFIG).bfloat16
+
+
+@pytest.mark.gpu
+def test_a_gpu_that_has_bfloat16_takes_it_where_the_config_says_so(tmp_path):
+    on_gpu = job(tmp_path, CONFIG)._replace(device=torch.device("cuda"))
+    assert not on_gpu.bfloat16
+    asked = on_gpu._replace(config=CONFIG.model_copy(update={"precision": "bfloat16"}))
+    assert asked.bfloat16 == torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 @pytest.mark.gpu

@@ -78,7 +78,7 @@ def test_evaluation_equals_plain_full_batches(on, few_images, small_backbone, tm
             F.cross_entropy(head(features), torch.tensor(labels)).backward()
             optimizer.step()
     (newest,) = tmp_path.glob("*/checkpoint-*.pt")
-    state = torch.load(newest, weights_only=True)["model"]
+    state = torch.load(newest, map_location="cpu", weights_only=True)["model"]
     torch.testing.assert_close(state["avgpool.weight"], head.weight.detach(), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(state["avgpool.bias"], head.bias.detach(), rtol=1e-4, atol=1e-6)
 

@@ -22,7 +22,7 @@ rule imagenet_knn_record:
     resources:
         gpu=gpu,
         mem_mb=megabytes(lambda wildcards: 2_000 + min(6_000, images("imagenet") // 10), gpus=gpu),
-        runtime=minutes(lambda wildcards: images("imagenet", "val"), per_second=10),
+        runtime=minutes(lambda wildcards: images("imagenet", "val"), per_second=10, on=gpu),
     params:
         config=benchmark_block("imagenet_knn"),
         python=python,

@@ -50,7 +50,7 @@ use rule pretrain as pretrain_over_nodes with:
         tasks_per_gpu=0,  # else the executor would start `tasks` of them for each GPU
         cpus_per_task=CORES_PER_GPU,
         mpi="srun",
-        mem_mb=megabytes(3_000, per_gpu=16_000, gpus=node_gpus),
+        mem_mb=megabytes(3_000, per_gpu=16_000, gpus=gpus),
         runtime=minutes(pretrained_on, per_second=300, gpus=gpus),
     params:
         python=launcher_over_nodes,

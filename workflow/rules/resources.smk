@@ -8,10 +8,13 @@ from pathlib import Path
 from snakemake_executor_plugin_slurm.partitions import PartitionLimits, read_partition_file
 
 PARTITIONS = "workflow/profiles/slurm/partitions.yaml"
-PROFILE = workflow.resource_settings.default_resources or {}
-# Most of them are to decode images.
-CORES_PER_GPU = PROFILE["cpus_per_gpu"].value if "cpus_per_gpu" in PROFILE else 8
-HALF_THE_CORES = max(1, min(4, (workflow.cores or 8) // 2))  # for a training on the CPU, beside other jobs
+PROFILE = {name: each.raw for name, each in (workflow.resource_settings.default_resources or {}).items()}
+CORES_PER_GPU = PROFILE.get("cpus_per_gpu", 8)  # most of them are to decode images
+if not isinstance(CORES_PER_GPU, int) or CORES_PER_GPU < 1:
+    raise WorkflowError(f"cpus_per_gpu: expected a whole number of cores, at least 1, found {CORES_PER_GPU}")
+ON_CLUSTER = "cpus_per_gpu" in PROFILE or not workflow.local_exec  # a dry run knows the profile alone
+# Of a machine, for a training on the CPU, so that other jobs go on beside it.
+HALF_THE_CORES = 4 if ON_CLUSTER else max(1, min(4, workflow.cores // 2))
 CPU = 0.01  # of the speed of a GPU
 DEPTH = {18: 0.44, 34: 0.9, 50: 1.0}  # operations of a ResNet for an image, those of ResNet-50 being 1
 
@@ -91,48 +94,71 @@ def partitions():
         return []
     named = getattr(workflow.executor_settings, "partition_config", None)  # unknown to a dry run
     path = Path(named or os.environ.get("SNAKEMAKE_SLURM_PARTITIONS") or PARTITIONS)
-    return [each.limits for each in read_partition_file(path)] if named or path.is_file() else []
+    if not named and not path.is_file():
+        return []
+    try:
+        limits = [each.limits for each in read_partition_file(path)]
+    except (TypeError, ValueError, KeyError, WorkflowError) as error:
+        raise WorkflowError(f"{path}: {error}")
+    for each in limits:
+        if isinstance(each.max_mem_mb, str):
+            raise WorkflowError(f"{path}: max_mem_mb: expected a number of MB, found {each.max_mem_mb}")
+    return limits
 
 
 @cache
-def partition(gpus):
-    """Return the limits of the partition that gives so many GPUs of a node most time and, of equal ones, most memory.
+def partition(gpus, nodes=1):
+    """Return the limits of the partition that gives so many GPUs of each node most time and, of equal ones, most memory.
 
-    They are infinite where none says any. Raises where all have fewer GPUs.
+    They are infinite where none says any. Raises where none has these GPUs, but on a machine without Slurm.
     """
-    fitting = [each for each in partitions() if each.max_gpu >= gpus and (each.max_gpu > 0) == (gpus > 0)]
-    if gpus and partitions() and not fitting:
-        most = max(each.max_gpu for each in partitions())
-        raise WorkflowError(
-            f"no partition takes {gpus} GPUs of a node: the largest max_gpu is {most}; give the model fewer `gpus:` "
-            f"or more `nodes:`, or correct {PARTITIONS}"
-        )
+    fitting = [each for each in partitions() if (each.max_gpu > 0) == (gpus > 0)]
+    if gpus:
+        fitting = [each for each in fitting if takes(each, gpus, nodes)]
+        if partitions() and not fitting and ON_CLUSTER:
+            raise WorkflowError(
+                f"no partition takes {nodes} nodes with {gpus} GPUs and {CORES_PER_GPU} cores for each: the largest "
+                f"max_gpu is {max(each.max_gpu for each in partitions())}; give the model fewer `gpus:` or more "
+                "`nodes:`, or correct the file of the partitions"
+            )
     return max(fitting, key=lambda each: (each.max_runtime, each.max_mem_mb), default=PartitionLimits())
+
+
+def takes(limits, gpus, nodes):
+    """Return whether a partition takes a job of so many GPUs of each of its nodes."""
+    return limits.max_gpu >= gpus and limits.max_nodes >= nodes and limits.max_cpus_per_gpu >= CORES_PER_GPU
+
+
+def place(gpus, wildcards):
+    """Return how many GPUs of a node a job takes of so many, and how many nodes."""
+    of_a_node = min(gpus, node_gpus(wildcards)) if gpus else 0
+    return of_a_node, gpus // of_a_node if gpus else 1
 
 
 def megabytes(fixed, per_gpu=0, gpus=no_gpu):
     """Return a function of the job: megabytes of one of its nodes, more with every attempt, within the site's limit."""
 
     def asked(wildcards, attempt):
-        taken = gpus(wildcards)
-        return min(attempt * (number(fixed, wildcards) + per_gpu * taken), partition(taken).max_mem_mb)
+        of_a_node, nodes = place(gpus(wildcards), wildcards)
+        wanted = number(fixed, wildcards) + per_gpu * of_a_node
+        return min(attempt * wanted, partition(of_a_node, nodes).max_mem_mb)
 
     return asked
 
 
-def minutes(images=0, per_second=1, gpus=None):
+def minutes(images=0, per_second=1, gpus=None, on=no_gpu):
     """Return a function of the job: the minutes that so many images take, and ten for everything else.
 
     More with every attempt, within the site's limit; all of them, whatever the limit, for attempt 0. Where `gpus`
-    are given, `per_second` is of one that runs ResNet-50.
+    are given, `per_second` is of one that runs ResNet-50; `on` are those of a job whose time they do not change.
     """
 
     def asked(wildcards, attempt):
         taken = gpus(wildcards) if gpus else 0
         speed = per_second * (taken or CPU) / operations(wildcards) if gpus else per_second
         whole = 10 + int(number(images, wildcards) / speed / 60)
-        of_a_node = min(taken, node_gpus(wildcards)) if taken else 0
-        return min(attempt * whole, partition(of_a_node).max_runtime) if attempt else whole
+        limits = partition(*place(taken or on(wildcards), wildcards))
+        return min(attempt * whole, limits.max_runtime) if attempt else whole
 
     return asked
 

@@ -21,14 +21,12 @@ rule voc07_lowshot_record:
         "../../envs/simclr.yaml"
     threads: cores(gpu)
     resources:
-        gpu=no_gpu,
         cpus_per_task=cores(gpu),  # of Slurm: `threads` are those of this machine at most
         mem_mb=megabytes(lambda wildcards: 2_000 + images("voc2007") // 2),
         runtime=minutes(lambda wildcards: images("voc2007"), per_second=3),
     params:
         config=benchmark_block("voc07_lowshot"),
-        python=python,
         svm=lambda wildcards, input: f"--svm {input.svm}" if input.svm else "",
     shell:
-        "{params.python} -m simclr voc07_lowshot --model {wildcards.model} --train {input.train} --test {input.test}"
+        "CUDA_VISIBLE_DEVICES= python -m simclr voc07_lowshot --model {wildcards.model} --train {input.train} --test {input.test}"
         " {params.svm} --config {params.config:q} --output {output} > {log} 2>&1"

@@ -20,13 +20,11 @@ rule voc07_svm_record:
         "../../envs/simclr.yaml"
     threads: cores(gpu)
     resources:
-        gpu=no_gpu,
         cpus_per_task=cores(gpu),  # of Slurm: `threads` are those of this machine at most
         mem_mb=megabytes(lambda wildcards: 2_000 + images("voc2007") // 2),
         runtime=minutes(lambda wildcards: images("voc2007"), per_second=3),
     params:
         config=benchmark_block("voc07_svm"),
-        python=python,
     shell:
-        "{params.python} -m simclr voc07_svm --model {wildcards.model} --train {input.train} --test {input.test}"
+        "CUDA_VISIBLE_DEVICES= python -m simclr voc07_svm --model {wildcards.model} --train {input.train} --test {input.test}"
         " --config {params.config:q} --output {output} > {log} 2>&1"
