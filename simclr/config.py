@@ -514,7 +514,8 @@ def read(path: Path) -> Config:
 def read_yaml(path: Path) -> Any:
     """Return what a YAML file says; raises `BadInput` for one that is not valid, or has a key twice."""
     try:
-        return yaml.load(Path(path).read_bytes(), _Loader)
+        with Path(path).open("rb") as file:
+            return yaml.load(file, _Loader)
     except (FileNotFoundError, IsADirectoryError) as error:
         raise BadInput(f"{path}: no such config file; the repository has config/config.yaml") from error
     except yaml.YAMLError as error:

@@ -35,7 +35,7 @@ def write(output: Path, readme: Path) -> None:
 def keys() -> str:
     """Return every key of the config file, block by block, as Markdown."""
     blocks = [
-        _block("the file", config.Config.__doc__, config.Config, only=("output", "demo_data")),
+        _block("top level", config.Config.__doc__, config.Config, only=("output", "demo_data")),
         _datasets(),
         _block("features.<voc2007 or imagenet>", _features(), config.FeatureSet),
         _block("models.<name>", config.Model.__doc__, config.Model, only=("benchmarks", "gpus", "nodes")),
