@@ -614,9 +614,12 @@ def test_manifests_that_cannot_be_opened(imagenet, tmp_path):
     path = tmp_path / "manifest.json"
     with pytest.raises(BadInput, match="no such manifest; make it with"):
         datasets.Dataset.open(path)
-    path.write_text("{")
-    with pytest.raises(BadInput, match="not valid JSON"):
-        datasets.Dataset.open(path)
+    for found in (b"{", b"\xff\xfe\x80"):  # of JSON only the beginning; no text, as a backbone
+        path.write_bytes(found)
+        with pytest.raises(BadInput, match="expected a manifest in JSON, found something else"):
+            datasets.Dataset.open(path)
+    with pytest.raises(BadInput, match="expected a manifest in JSON"):
+        datasets.Dataset.open(tmp_path)
     path.write_text("{}")
     with pytest.raises(BadInput, match="not a dataset manifest"):
         datasets.Dataset.open(path)
