@@ -121,7 +121,8 @@ GOLDEN_DEMO = {
 }
 GOLDEN_ZOO = {
     "dataset": 8,
-    "pretrain": 5,
+    "pretrain": 4,
+    "pretrain_over_nodes": 1,
     "import_checkpoint": 1,
     "random_init": 1,
     "convert_backbone": 14,
@@ -296,7 +297,7 @@ def test_after_everything_is_done_nothing_is_to_be_done(finished):
 
 def test_how_a_machine_runs_a_recipe_trains_nothing_again(finished):
     def change(content):
-        content["models"]["simclr"]["execution"] = {"micro_batch": 32, "knn_every": 1}
+        content["models"]["simclr"]["execution"] = {"skip_steps": 2, "knn_every": 1}
 
     assert snakemake(finished, "-n", "all", *edited(finished, change)).jobs() == {"model_zoo_page": 1}
 
@@ -603,6 +604,7 @@ def test_the_report_has_the_sections_of_the_page_and_needs_no_network(finished):
 def test_segmentation_takes_the_gpus_that_divide_its_batch(clone, gpus, batch, launched):
     def change(content):
         content["models"]["simclr"].update(gpus=gpus)
+        content["models"]["simclr"]["pretrain"].update(batch_size=10 * gpus)
         content["benchmarks"]["cityscapes_segmentation"].update(batch_size=batch)
 
     call = snakemake(clone, "-n", "-p", "cityscapes_segmentation", *edited(clone, change))
