@@ -205,7 +205,7 @@ def test_only_a_run_of_that_recipe_protocol_and_data_is_called_like_for_like(tmp
     assert "but this run differs" not in shipped
 
     config = load("imagenet_linear").Config(epochs=3).model_dump(mode="json")
-    fewer = {"imagenet": {"root": "data", "images": {"train": 28, "val": 4}}}
+    fewer = {"imagenet": {"root": "data", "images": {"train": 2800, "val": 400}}}
     for line, where in (
         (footnote(changed(gradient_divisor=1)), "weights (see Models)"),
         (footnote(changed(epochs=800)), "weights (see Models)"),
