@@ -10,7 +10,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +20,9 @@ import torch
 from simclr import BadInput, distributed, slurm
 from simclr.files import replacing
 
+PATTERN = "checkpoint-*.pt"
 KEPT = 2  # the newest, and one to fall back to
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM, signal.SIGINT)  # a training to stop
 STOPPED = 75  # exit status after being asked to stop: saved, start again to go on (EX_TEMPFAIL of sysexits.h)
 
 
@@ -32,7 +34,7 @@ def save(folder: Path, step: int, run: dict[str, Any], state: dict[str, Any]) ->
     path = folder / f"checkpoint-{step:09d}.pt"
     with replacing(path) as part:
         torch.save({**state, "run": run, "step": step}, part)
-    drop_others(path, "checkpoint-*.pt")
+    drop_others(path, PATTERN)
 
 
 def drop_others(newest: Path, pattern: str) -> None:
@@ -41,6 +43,12 @@ def drop_others(newest: Path, pattern: str) -> None:
     until = checkpoints.index(newest) + 1
     for each in [*checkpoints[: max(until - KEPT, 0)], *checkpoints[until:]]:
         each.unlink()
+
+
+def drop_all(folder: Path) -> None:
+    """Drop the checkpoints of a training whose result is there."""
+    for path in folder.glob(PATTERN):
+        path.unlink()
 
 
 def newest(folder: Path, run: dict[str, Any]) -> dict[str, Any] | None:
@@ -60,7 +68,7 @@ def newest(folder: Path, run: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _newest(folder: Path, run: dict[str, Any]) -> dict[str, Any] | None:
-    checkpoints = sorted(folder.glob("checkpoint-*.pt"), reverse=True)
+    checkpoints = sorted(folder.glob(PATTERN), reverse=True)
     for path in checkpoints:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -101,6 +109,17 @@ def differences(found: dict[str, Any], expected: dict[str, Any], prefix: str = "
 
 
 @contextmanager
+def handling(numbers: Iterable[int], handler: Callable[[int, Any], Any]) -> Iterator[dict[int, Any]]:
+    """Have `handler` called at these signals; yield number → the handler before, which is back afterwards."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield before
+    finally:
+        for number, each in before.items():
+            signal.signal(number, each)
+
+
+@contextmanager
 def stop_signals() -> Iterator[list[int]]:
     """Collect SIGTERM, SIGUSR1 and a first SIGINT in the list that is yielded, instead of dying of them.
 
@@ -116,16 +135,13 @@ def stop_signals() -> Iterator[list[int]]:
         received.append(number)
         os.write(2, f"{signal.Signals(number).name}: stopping after this step\n".encode())
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM, signal.SIGINT)
-    before = {number: signal.signal(number, receive) for number in numbers}
-    if distributed.rank() == 0:
-        set_alarm()
-    try:
-        yield received
-    finally:
-        signal.alarm(0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handling(ASKING, receive) as before:
+        if distributed.rank() == 0:
+            set_alarm()
+        try:
+            yield received
+        finally:
+            signal.alarm(0)
     # For whom it was set before; it may have come after the last step.
     if callable(before[signal.SIGALRM]) and not set_alarm() and signal.SIGALRM in received:
         signal.raise_signal(signal.SIGALRM)
@@ -154,12 +170,11 @@ def queued_again_in_time() -> Iterator[None]:
         slurm.requeue()
         sys.exit(STOPPED)
 
-    before = signal.signal(signal.SIGALRM, leave)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+    with handling([signal.SIGALRM], leave):
+        try:
+            yield
+        finally:
+            signal.alarm(0)
 
 
 def stop(where: str, signals: list[int]) -> NoReturn:

@@ -316,19 +316,16 @@ def _call(command: list[str], environment: dict[str, str]) -> int:
 @contextlib.contextmanager
 def handing_on(stop: Callable[[], Any]) -> Iterator[list[int]]:
     """Call `stop` at each signal that asks this process to stop, and collect it, instead of dying of it."""
+    from simclr.rolling import ASKING, handling
+
     received: list[int] = []
 
     def receive(number: int, _: Any) -> None:
         received.append(number)
         stop()
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGALRM)
-    before = {number: signal.signal(number, receive) for number in numbers}
-    try:
+    with handling(ASKING, receive):
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _detectron2_command() -> list[str]:

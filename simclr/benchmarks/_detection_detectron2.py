@@ -154,8 +154,7 @@ def _work(spec: Json, folder: Path) -> None:
         report = {"engine": "detectron2", "software": software(), "load": load, **trainer.checkpoints.report}
         report["usage"]["test_seconds"] = time.monotonic() - began
         _write(folder / "detected.json", {**report, "detections": found["all"]})
-        for path in folder.glob("checkpoint-*.pt"):
-            path.unlink()
+        rolling.drop_all(folder)
 
 
 def _write(path: Path, content: Json) -> None:

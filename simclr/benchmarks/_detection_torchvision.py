@@ -59,8 +59,8 @@ def run(spec: Json) -> Json | None:
         began = time.monotonic()
         detections = detect(detector, spec)
         trained["usage"]["test_seconds"] = time.monotonic() - began
-        for path in folder.glob("checkpoint-*.pt") if rank() == 0 else ():
-            path.unlink()
+        if rank() == 0:
+            rolling.drop_all(folder)
     return None if detections is None else result(load, trained, detections)
 
 

@@ -192,17 +192,13 @@ def _newest(job: Job) -> Path | None:
     faults = []
     for path in sorted(job.folder.glob("iter_*.pth"), reverse=True):
         try:
-            run = read_checkpoint(path)["run"]
+            state = read_checkpoint(path)
         except BadInput as error:
             faults.append(error)
             if distributed.rank() == 0:
                 print(f"{error}; for now, going on from the one before", file=sys.stderr)
             continue
-        if run != job.run:
-            raise BadInput(
-                f"{path}: expected a checkpoint of this run, found one of another: "
-                f"{'; '.join(rolling.differences(run, job.run))}; delete it, or give another --work"
-            )
+        rolling.check_run(path, state, job.run)
         return path
     if faults:
         raise faults[0]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from simclr import BadInput, datasets, distributed
+from simclr import BadInput, datasets, distributed, rolling
 from simclr.benchmarks._images import Images, check_labels, test_transform, train_transform
 from simclr.benchmarks._linear import (
     Diverged,
@@ -210,8 +210,7 @@ def fine_tune(
     if distributed.rank() == 0:
         with replacing(finished) as part:
             part.write_text(json.dumps(result) + "\n")
-        for checkpoint in folder.glob("checkpoint-*.pt"):
-            checkpoint.unlink()
+        rolling.drop_all(folder)
     return result
 
 
