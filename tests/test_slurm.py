@@ -149,6 +149,23 @@ def test_work_with_its_own_checkpoints_is_queued_again_before_the_limit(monkeypa
         assert signal.getsignal(signal.SIGALRM) is before
 
 
+def test_a_limit_that_comes_after_the_last_step_is_left_to_whoever_watched_before(monkeypatch):
+    asked, unwatched = [], []
+    monkeypatch.setattr(slurm, "requeue", lambda: asked.append(True))
+    monkeypatch.setattr(slurm, "seconds_left", lambda: 600)
+
+    def train_and_test() -> None:
+        with rolling.queued_again_in_time():
+            with rolling.stop_signals():
+                monkeypatch.setattr(slurm, "seconds_left", lambda: -1)
+                signal.raise_signal(signal.SIGALRM)
+            unwatched.append("the test")
+
+    with pytest.raises(SystemExit) as end:
+        train_and_test()
+    assert (end.value.code, asked, unwatched) == (rolling.STOPPED, [True], [])
+
+
 def test_where_the_programs_of_slurm_are_missing_nothing_is_asked(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("SLURM_JOB_ID", "17")
